@@ -8,7 +8,7 @@ import ast
 import hashlib
 import json
 import os
-import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -139,6 +139,7 @@ def main() -> None:
         print(f"[{number}/{len(plan)}] {path.stem} ({args.profile})", flush=True)
         seconds = execute(path, out, values, folder)
         clean(out, mark)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)   # they served a killed run; this one is done
         print(f"\r\033[K  done in {seconds:.0f} s, {(time.time() - begun) / 60:.1f} min in all", flush=True)
 
 

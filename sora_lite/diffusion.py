@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# %% ../notebooks/04_diffusion.ipynb #aee27bbf
+# %% ../notebooks/04_diffusion.ipynb #649c7c0f
 class Flow:
     """Rectified flow (Liu 2022): x_t = (1 - t) x0 + t eps, a straight line at constant speed."""
 
@@ -48,7 +48,7 @@ def mix(process: Process, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     t = t[..., None]
     return process.alpha(t) * x0 + process.sigma(t) * eps
 
-
+# %% ../notebooks/04_diffusion.ipynb #aee27bbf
 def target(process: Process, prediction: str, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """What a network that predicts `prediction` should say: "flow" eps - x0, "v" alpha eps - sigma x0 (Salimans
     2022), "eps" or "x0"."""
@@ -82,7 +82,7 @@ def split(process: Process, prediction: str, x: Tensor, said: Tensor, t: Tensor)
         return said, (x - a * said) / s.clamp(min=1e-4)
     raise ValueError(f"prediction {prediction!r} is unknown: choose one of {', '.join(PREDICTIONS)}")
 
-# %% ../notebooks/04_diffusion.ipynb #7524b541
+# %% ../notebooks/04_diffusion.ipynb #8a991ee7
 def shift_times(t: Tensor, shift: float) -> Tensor:
     """Move times towards noise: t' = s t / (1 + (s - 1) t) (Esser 2024, eq. 23)."""
     return shift * t / (1 + (shift - 1) * t)
@@ -95,7 +95,7 @@ def sample_times(n: int, generator: torch.Generator, *, shift: float = 1.0, mean
     return shift_times((mean + spread * normal).sigmoid(), shift)
 
 
-def shift_for_tokens(tokens: int, base: int = 64) -> float:
+def shift_for_tokens(tokens: int, base: int = 16) -> float:
     """Shift for a clip of so many tokens: sqrt(tokens / base), at least 1. More tokens hold more copies of the
     same content, so that the same noise hides less of it (Esser 2024, sec. 5.3.2)."""
     return max(1.0, (tokens / base) ** 0.5)

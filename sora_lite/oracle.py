@@ -4,7 +4,7 @@
 __all__ = ['ATTRIBUTES', 'label_colors', 'masks', 'centroids', 'fit_free', 'slide', 'fit_hidden', 'read_size', 'read_motion',
            'read', 'score', 'fidelity']
 
-# %% ../notebooks/01_worlds.ipynb #76d85ca5
+# %% ../notebooks/01_worlds.ipynb #4316a887
 """The oracle: reads the state of a Shapes clip back from its pixels."""
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ def label_colors(video: Tensor) -> tuple[Tensor, Tensor]:
             & (pad[:, 1:-1, :-2] == labels) & (pad[:, 1:-1, 2:] == labels))
     return labels, core
 
-# %% ../notebooks/01_worlds.ipynb #dc75d7ff
+# %% ../notebooks/01_worlds.ipynb #801f5070
 def masks(video: Tensor) -> tuple[str, bool, dict[str, Tensor]]:
     """Background, pillar and a mask `[T, H, W]` (bool) for each figure colour present in a clip."""
     labels, core = label_colors(video)
@@ -46,7 +46,7 @@ def masks(video: Tensor) -> tuple[str, bool, dict[str, Tensor]]:
     return (list(BACKGROUNDS)[background], pillar,
             {names[i - _FIRST]: nearest == i for i in present})
 
-# %% ../notebooks/01_worlds.ipynb #ea0dd70f
+# %% ../notebooks/01_worlds.ipynb #831866ee
 def _moments(shape: str) -> tuple[float, float]:
     """Area and vertical centroid of a figure of radius 1, by drawing it large."""
     alpha = coverage(shape, *(torch.tensor(256.0),) * 2, torch.tensor(200.0), 512, 512).double()
@@ -79,7 +79,7 @@ def fit_free(mask: Tensor) -> tuple[str, float]:
     shape = max(fits, key=fits.get)
     return shape, fits[shape][1]
 
-# %% ../notebooks/01_worlds.ipynb #85d3cbbc
+# %% ../notebooks/01_worlds.ipynb #696abc4f
 def slide(mask: Tensor, visible: Tensor, shape: str, radius: Tensor) -> tuple[Tensor, Tensor]:
     """Best overlap `[n, T]` and centre `[n, T, 2]` of figures of n radii, slid over `[T, H, W]`.
 
@@ -114,7 +114,7 @@ def read_size(radius: float) -> str:
     """The size whose middle is nearest to a radius given as a share of the frame's shorter side."""
     return min(SIZES, key=lambda name: abs(sum(SIZES[name]) / 2 - radius))
 
-# %% ../notebooks/01_worlds.ipynb #64917d2e
+# %% ../notebooks/01_worlds.ipynb #24a153a0
 def read_motion(center: Tensor, short: int) -> str:
     """Name the motion of a path `[T, 2]` in pixels, in a frame whose shorter side is `short` pixels."""
     p = center / short
@@ -178,7 +178,7 @@ def read(video: Tensor) -> dict:
                            center=center.tolist()))
     return dict(background=background, pillar=pillar, objects=things)
 
-# %% ../notebooks/01_worlds.ipynb #f72ae7c6
+# %% ../notebooks/01_worlds.ipynb #9623ea86
 ATTRIBUTES = ("background", "count", "color", "shape", "size", "motion")
 
 

@@ -4,7 +4,7 @@
 __all__ = ['Grid', 'grid_of', 'coordinates', 'patchify', 'unpatchify', 'rope', 'apply_rope', 'Pack', 'pack', 'unpack',
            'by_length', 'attention', 'greedy_pack', 'best_fit_decreasing', 'drop_tokens', 'drop_schedule']
 
-# %% ../notebooks/03_patches.ipynb #6df55ad2
+# %% ../notebooks/03_patches.ipynb #fa2b6b52
 """Spacetime patches: videos of any size as tokens, packed into one sequence."""
 import math
 from bisect import bisect_left, insort
@@ -23,9 +23,9 @@ except ImportError:  # an older PyTorch: `attention` takes its other ways
 
 Grid = tuple[int, int, int]
 
-# %% ../notebooks/03_patches.ipynb #6f551bd5
+# %% ../notebooks/03_patches.ipynb #4c4095f8
 def grid_of(latents: Tensor, patch: Grid = (1, 2, 2)) -> Grid:
-    """Number of patches along (t, h, w); ValueError if latents `[..., t, h, w]` cannot be cut so."""
+    """Number of patches along (t, h, w); ValueError if latents `[..., t, h, w]` do not divide."""
     size = tuple(latents.shape[-3:])
     if any(n % p or n == 0 for n, p in zip(size, patch)):
         raise ValueError(f"latents of {size} (t, h, w) cannot be cut into patches of "
@@ -38,7 +38,7 @@ def coordinates(grid: Grid, device=None) -> Tensor:
     axes = [torch.arange(n, device=device) for n in grid]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
 
-# %% ../notebooks/03_patches.ipynb #1c3f78fd
+# %% ../notebooks/03_patches.ipynb #a36184aa
 def patchify(latents: Tensor, patch: Grid = (1, 2, 2)) -> tuple[Tensor, Tensor]:
     """Latents `[..., Z, t, h, w]` as tokens `[..., n, pt*ph*pw*Z]`, and coordinates `[n, 3]`."""
     grid, (pt, ph, pw) = grid_of(latents, patch), patch
@@ -55,7 +55,7 @@ def unpatchify(tokens: Tensor, grid: Grid, patch: Grid = (1, 2, 2)) -> Tensor:
     return rearrange(tokens, "... (t h w) (i j k z) -> ... z (t i) (h j) (w k)",
                      t=t, h=h, w=w, i=pt, j=ph, k=pw)
 
-# %% ../notebooks/03_patches.ipynb #271b28fb
+# %% ../notebooks/03_patches.ipynb #8d3da179
 def rope(coords: Tensor, dim: int, theta: float = 100.0) -> tuple[Tensor, Tensor]:
     """Cosines and sines `[N, dim / 2]` of 3-D rotary positions for coordinates `[N, 3]`.
 
@@ -80,10 +80,10 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     sin = torch.cat([-sin, sin], -1)[:, None].to(x.dtype)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
-# %% ../notebooks/03_patches.ipynb #994dab49
+# %% ../notebooks/03_patches.ipynb #625011cd
 @dataclass
 class Pack:
-    """Clips of any sizes, end to end: tokens `[N, D]`, coords `[N, 3]`, each clip's length and grid."""
+    """Clips of any sizes, end to end: tokens `[N, D]`, coords `[N, 3]`, and each clip's size."""
     tokens: Tensor
     coords: Tensor
     lengths: list[int]
@@ -104,7 +104,7 @@ def unpack(tokens: Tensor, grids: list[Grid], patch: Grid = (1, 2, 2)) -> list[T
     lengths = [t * h * w for t, h, w in grids]
     return [unpatchify(part, grid, patch) for part, grid in zip(tokens.split(lengths), grids)]
 
-# %% ../notebooks/03_patches.ipynb #8006cfab
+# %% ../notebooks/03_patches.ipynb #0da31582
 def _runs(*columns: list[int]) -> list[tuple[int, ...]]:
     """Runs of equal rows: (how many, value of each column), in order."""
     runs: list[list[int]] = []
@@ -117,12 +117,12 @@ def _runs(*columns: list[int]) -> list[tuple[int, ...]]:
 
 
 def by_length(*columns: list[int]) -> list[int]:
-    """An order of clips in which equal rows of the columns (lengths, numbers of words...) stand side
-    by side, longest first: `attention` is then one call per distinct row."""
+    """An order of clips in which equal rows of the columns (lengths, numbers of words...) stand
+    side by side, longest first: `attention` is then one call per distinct row."""
     rows = list(zip(*columns, strict=True))
     return sorted(range(len(rows)), key=rows.__getitem__, reverse=True)
 
-# %% ../notebooks/03_patches.ipynb #8ab56c88
+# %% ../notebooks/03_patches.ipynb #33034fb4
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(dim)) v for `[B, heads, L, dim]`, the fastest way the device has.
 
@@ -135,7 +135,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _half(q: Tensor) -> torch.dtype | None:
-    """The half precision in which a GPU's variable-length kernel can take q, or None if it cannot."""
+    """The half precision in which a GPU's variable-length kernel can take q, or None."""
     if q.device.type != "cuda" or varlen_attn is None:
         return None
     if torch.cuda.get_device_capability(q.device) < (8, 0):
@@ -149,7 +149,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], kv_lengths: lis
     ends = lambda ns: torch.tensor([0, *accumulate(ns)], dtype=torch.int32, device=q.device)
     return varlen_attn(q, k, v, ends(lengths), ends(kv_lengths), max(lengths), max(kv_lengths))
 
-# %% ../notebooks/03_patches.ipynb #ebb0ad3f
+# %% ../notebooks/03_patches.ipynb #c8db8df5
 def attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int],
               kv_lengths: list[int] | None = None,
               memory: tuple[Tensor, Tensor, list[int]] | None = None) -> Tensor:
@@ -162,13 +162,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int],
     ValueError if the lengths do not add up.
     """
     kv_lengths = lengths if kv_lengths is None else kv_lengths
-    mk, mv, m_lengths = memory if memory is not None else (k, v, [0] * len(lengths))
-    if ((sum(lengths), sum(kv_lengths)) != (len(q), len(k)) or sum(m_lengths) not in (0, len(mk))
+    mk, mv, m_lengths = memory if memory is not None else (k[:0], v[:0], [0] * len(lengths))
+    if ((sum(lengths), sum(kv_lengths), sum(m_lengths)) != (len(q), len(k), len(mk))
             or not len(lengths) == len(kv_lengths) == len(m_lengths)):
         raise ValueError(
-            f"{len(lengths)}, {len(kv_lengths)} and {len(m_lengths)} lengths add up to {sum(lengths)}, "
-            f"{sum(kv_lengths)} and {sum(m_lengths)}, but there are {len(q)} queries, {len(k)} keys "
-            f"and {len(mk)} keys of memory")
+            f"{len(lengths)}, {len(kv_lengths)} and {len(m_lengths)} lengths add up to "
+            f"{sum(lengths)}, {sum(kv_lengths)} and {sum(m_lengths)}, but there are {len(q)} "
+            f"queries, {len(k)} keys and {len(mk)} keys of memory")
     runs = _runs(lengths, kv_lengths, m_lengths)
     if len(runs) > 1 and (half := _half(q)):
         if memory is not None:
@@ -177,19 +177,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int],
             k, v = weave(mk, k), weave(mv, v)
             kv_lengths = [m + n for m, n in zip(m_lengths, kv_lengths)]
         return _varlen(q.to(half), k.to(half), v.to(half), lengths, kv_lengths)
-    out, at, kv_at, m_at = [], 0, 0, 0
-    for n, length, kv_length, m_length in runs:
-        take = lambda x, i, m: x[i:i + n * m].view(n, m, *x.shape[1:]).transpose(1, 2)
-        keys, values = take(k, kv_at, kv_length), take(v, kv_at, kv_length)
-        if m_length:
-            keys = torch.cat([take(mk, m_at, m_length), keys], 2)
-            values = torch.cat([take(mv, m_at, m_length), values], 2)
-        y = _attend(take(q, at, length), keys, values)
-        out.append(y.transpose(1, 2).flatten(0, 1))
-        at, kv_at, m_at = at + n * length, kv_at + n * kv_length, m_at + n * m_length
+    # one split, not a slice per run: the gradient of a slice is as large as what it was cut from
+    cut = lambda x, of: [x] if len(runs) == 1 else x.split([run[0] * run[of] for run in runs])
+    batch = lambda x, n, m: x.view(n, m, *x.shape[1:]).transpose(1, 2)
+    out = []
+    for (n, *m), *parts in zip(runs, cut(q, 1), cut(k, 2), cut(v, 2), cut(mk, 3), cut(mv, 3)):
+        q_, k_, v_, mk_, mv_ = (batch(x, n, m[i]) for x, i in zip(parts, (0, 1, 1, 2, 2)))
+        if m[2]:
+            k_, v_ = torch.cat([mk_, k_], 2), torch.cat([mv_, v_], 2)
+        out.append(_attend(q_, k_, v_).transpose(1, 2).flatten(0, 1))
     return torch.cat(out) if len(out) > 1 else out[0]
 
-# %% ../notebooks/03_patches.ipynb #dea2b037
+# %% ../notebooks/03_patches.ipynb #ae43f88f
 def _check_fit(lengths: list[int], capacity: int) -> None:
     for i, n in enumerate(lengths):
         if not 0 < n <= capacity:
@@ -199,7 +198,7 @@ def _check_fit(lengths: list[int], capacity: int) -> None:
 def greedy_pack(lengths: list[int], capacity: int) -> list[list[int]]:
     """Each clip, in order of arrival, into the first sequence of `capacity` tokens that has room.
 
-    Returns lists of clip indices. Source: NaViT (Dehghani 2023), as the review arXiv 2402.17177 has it.
+    Returns lists of clip indices. Source: NaViT (Dehghani 2023), as told by arXiv 2402.17177.
     """
     _check_fit(lengths, capacity)
     bins, room = [], []
@@ -216,7 +215,7 @@ def greedy_pack(lengths: list[int], capacity: int) -> list[list[int]]:
 def best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
     """Longest clips first, each into the fullest sequence that still has room: lists of indices.
 
-    Never more than 11/9 of the fewest sequences possible, + 1 (Johnson 1974).
+    In the long run never more than 11/9 of the fewest sequences possible (Johnson 1974).
     """
     _check_fit(lengths, capacity)
     bins: list[list[int]] = []
@@ -230,7 +229,7 @@ def best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
         insort(room, (free - lengths[i], b))
     return bins
 
-# %% ../notebooks/03_patches.ipynb #66b457a1
+# %% ../notebooks/03_patches.ipynb #b44d118c
 def drop_tokens(packed: Pack, share: float, generator: torch.Generator) -> tuple[Pack, Tensor]:
     """Keep a random 1 - share of each clip's tokens (at least one), in their order.
 
@@ -251,6 +250,6 @@ def drop_tokens(packed: Pack, share: float, generator: torch.Generator) -> tuple
 
 
 def drop_schedule(progress: float, start: float = 0.5) -> float:
-    """Share of tokens to drop at `progress` in [0, 1] of training: `start` at first, falling along a
-    cosine to 0 at the end, so that the last steps see whole clips, as sampling does."""
+    """Share of tokens to drop at `progress` in [0, 1] of training: `start` at first, falling along
+    a cosine to 0 at the end, so that the last steps see whole clips, as sampling does."""
     return start * 0.5 * (1 + math.cos(math.pi * progress))

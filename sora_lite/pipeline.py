@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from .diffusion import Flow, guide, mix, sample, sample_times, shift_for_tokens
 from .patches import coordinates, patchify, unpatchify
-from .train import write_atomically
 from .vae import VideoVAE
+from .video import write_atomically
 
 if __name__ != "__main__":  # in the chapter these are in scope already, perhaps changed by the reader
     from sora_lite.dit import DiT
@@ -61,7 +61,7 @@ class Denoiser(nn.Module):
 
 
 def flow_loss(model: Denoiser, batch: tuple[list[Tensor], list[str]], generator: torch.Generator, *,
-              patch=(1, 2, 2), masked: float = 0.3, unconditional: float = 0.1,
+              patch=(1, 2, 2), masked: float = 0.25, unconditional: float = 0.1,
               direction: float = 0.0) -> tuple[Tensor, dict]:
     """Rectified-flow loss on latents `[Z, t, h, w]` of any sizes with their captions.
 

@@ -4,7 +4,7 @@
 __all__ = ['SHAPES', 'COLORS', 'BACKGROUNDS', 'PILLAR', 'PILLAR_SPAN', 'SIZES', 'MOTIONS', 'PLACES', 'LEVELS', 'signed_distance',
            'coverage', 'paths', 'held_out', 'place', 'caption', 'vocabulary', 'Shapes']
 
-# %% ../notebooks/01_worlds.ipynb #3713c799
+# %% ../notebooks/01_worlds.ipynb #15a1279e
 """Shapes: a world of moving figures whose every attribute is known, with exact captions."""
 import math
 
@@ -35,7 +35,7 @@ MOTIONS = {
 PLACES = tuple(f"{v} {h}".replace("middle center", "center") for v in ("upper", "middle", "lower")
                for h in ("left", "center", "right"))
 
-# %% ../notebooks/01_worlds.ipynb #7e9428fc
+# %% ../notebooks/01_worlds.ipynb #ba5e2ad2
 def _polygon(x: Tensor, y: Tensor, angles: tuple[float, ...], reach: float) -> Tensor:
     """Largest of the signed distances to half-planes whose normals stand at `angles`."""
     planes = [x * math.cos(a) + y * math.sin(a) for a in angles]
@@ -85,7 +85,7 @@ def coverage(shape: str, cx: Tensor, cy: Tensor, radius: Tensor, height: int, wi
     y = (torch.arange(height)[:, None] + 0.5 - cy[..., None, None]) / r
     return (0.5 - signed_distance(shape, x, y) * r).clamp_(0, 1)
 
-# %% ../notebooks/01_worlds.ipynb #fd90df75
+# %% ../notebooks/01_worlds.ipynb #9f57b79d
 def _uniform(generator: torch.Generator, low: float, high: float, *shape: int) -> Tensor:
     return torch.rand(*shape, generator=generator) * (high - low) + low
 
@@ -127,7 +127,7 @@ def paths(motion: Tensor, radius: Tensor, time: Tensor, room: tuple[float, float
     y = torch.where(orbiting, orbit[..., 1], y)
     return torch.stack([x, y], -1) + radius[..., None, None]
 
-# %% ../notebooks/01_worlds.ipynb #356d95c3
+# %% ../notebooks/01_worlds.ipynb #48854f35
 def held_out(shape: Tensor, color: Tensor, motion: Tensor) -> Tensor:
     """Whether a combination (indices into SHAPES, COLORS, MOTIONS) is kept for testing."""
     return (shape + 2 * color + 3 * motion) % 7 == 0
@@ -138,7 +138,7 @@ def place(x: float, y: float, width: float, height: float) -> str:
     column, row = min(int(3 * x / width), 2), min(int(3 * y / height), 2)
     return PLACES[3 * max(row, 0) + max(column, 0)]
 
-# %% ../notebooks/01_worlds.ipynb #720bd95b
+# %% ../notebooks/01_worlds.ipynb #0d7255d2
 LEVELS = ("terse", "ordinary", "descriptive")
 
 
@@ -166,14 +166,14 @@ def caption(scene: dict, level: str = "ordinary") -> str:
             text += f", the {a['color']} {a['shape']} passes before the {b['color']} {b['shape']}"
     return text
 
-# %% ../notebooks/01_worlds.ipynb #516869d0
+# %% ../notebooks/01_worlds.ipynb #82e8aad4
 def vocabulary() -> list[str]:
     """Every word a caption of this world can hold, in alphabetical order."""
     phrases = [*SHAPES, *COLORS, *SIZES, *BACKGROUNDS, *MOTIONS.values(), *PLACES]
     glue = "a an and in the on background with pillar passes before ,"
     return sorted({word for phrase in [*phrases, glue] for word in phrase.split()})
 
-# %% ../notebooks/01_worlds.ipynb #ec81362c
+# %% ../notebooks/01_worlds.ipynb #273fdf92
 class Shapes:
     """Clips of moving figures with exact captions.
 

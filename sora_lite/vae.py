@@ -4,7 +4,7 @@
 __all__ = ['CHANNELS_LAST', 'Cache', 'BOTTLENECKS', 'CausalConv3d', 'Fold', 'Unfold', 'ChannelNorm', 'ResBlock', 'KL', 'VQ',
            'FSQ', 'VideoVAE', 'psnr']
 
-# %% ../notebooks/02_compression.ipynb #aa265e90
+# %% ../notebooks/02_compression.ipynb #3735cbae
 """A causal video autoencoder: KL, VQ and FSQ bottlenecks, any length, whole or in pieces."""
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ class CausalConv3d(nn.Conv3d):
             x = _before(x, self.kernel_size[0] - 1, cache, self, "zeros")
         return super().forward(x)
 
-# %% ../notebooks/02_compression.ipynb #0791fca3
+# %% ../notebooks/02_compression.ipynb #3bcbf191
 class Fold(nn.Module):
     """Blocks of (kt, kh, kw) neighbours into channels, then a matrix: `[B, C, T, H, W]` ->
     `[B, out, 1 + (T - 1) / kt, H / kh, W / kw]`."""
@@ -79,7 +79,7 @@ class Unfold(nn.Module):
             cache[self] = True
         return x[:, :, kt - 1:] if start else x
 
-# %% ../notebooks/02_compression.ipynb #7e2012a6
+# %% ../notebooks/02_compression.ipynb #7bb4dfb7
 class ChannelNorm(nn.Module):
     """Layer norm over the channels of each position (fused on CPU, unlike RMS norm), with gain, no bias."""
 
@@ -106,7 +106,7 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, cache: Cache = None) -> Tensor:
         return x + self.conv2(F.silu(self.conv1(self.norm(x), cache)), cache)
 
-# %% ../notebooks/02_compression.ipynb #eeb48b41
+# %% ../notebooks/02_compression.ipynb #ec80a718
 class KL(nn.Module):
     """Gaussian latents. h holds mean and log-variance: 2 Z channels."""
 
@@ -169,7 +169,7 @@ class FSQ(nn.Module):
 
 BOTTLENECKS = {"kl": KL, "vq": VQ, "fsq": FSQ}
 
-# %% ../notebooks/02_compression.ipynb #4233bdfb
+# %% ../notebooks/02_compression.ipynb #cad7e55c
 class VideoVAE(nn.Module, Pretrained):
     """Causal video autoencoder: `[B, 3, T, H, W]` in [-1, 1] <-> latents `[B, Z, t, h, w]`.
 

@@ -1,0 +1,27 @@
+"""Make the moving picture of the front page from the weights in data/: `python book/front.py`."""
+from pathlib import Path
+
+import torch
+from einops import rearrange
+
+from sora_lite.pipeline import SoraLite
+from sora_lite.shapes import Shapes, caption
+from sora_lite.video import write
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main(rows: int = 2, columns: int = 8, seed: int = 0) -> None:
+    """Held-out prompts, one sample each, none chosen, on one sheet."""
+    pipe = SoraLite.from_pretrained(ROOT / "data" / "sora-lite")
+    world, generator = Shapes(split="test"), torch.Generator().manual_seed(seed)
+    scenes = world.scenes(world.cast(rows * columns, generator))
+    videos = pipe([caption(s) for s in scenes], generator=generator)
+    framed = torch.nn.functional.pad(videos, (2, 2, 2, 2), value=1.0)
+    sheet = rearrange(framed, "(r k) c t h w -> c t (r h) (k w)", r=rows)
+    print("\n".join(caption(s) for s in scenes))
+    print(write(ROOT / "book" / "static" / "samples.gif", sheet, fps=8))
+
+
+if __name__ == "__main__":
+    main()

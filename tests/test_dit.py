@@ -1,0 +1,140 @@
+"""Text, transformer, masks and pipeline."""
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sora_lite.dit import MDT, CrossDiT, DiffiT, DiT, InContextDiT, UViT
+from sora_lite.patches import coordinates, pack
+from sora_lite.pipeline import Denoiser, SoraLite, draw_mask, flow_loss
+from sora_lite.shapes import LEVELS, Shapes, caption, vocabulary
+from sora_lite.text import TextEncoder, Vocabulary
+from sora_lite.vae import VideoVAE
+
+KINDS = [DiT, CrossDiT, InContextDiT, UViT, MDT, DiffiT]
+
+
+def denoiser(kind=DiT, **options):
+    torch.manual_seed(0)
+    text = TextEncoder(vocabulary(), width=32, depth=1, heads=2)
+    model = Denoiser(text, kind(channels=16, width=32, depth=4, heads=2, words_width=32, **options)).eval()
+    for name, p in model.named_parameters():       # gates and heads start at zero: make every path count
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=p.shape[1] ** -0.5)
+    return model
+
+
+def inputs(sizes, generator):
+    packed = pack([torch.randn(4, *size, generator=generator) for size in sizes])
+    return packed, torch.rand(len(packed.tokens), generator=generator)
+
+
+CAPTIONS = ["a red circle", "a small blue star moves left on a black background", None]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_packed_equals_alone(kind, generator):
+    model, sizes = denoiser(kind), [(2, 4, 4), (1, 2, 6), (2, 4, 4)]
+    packed, t = inputs(sizes, generator)
+    together = model(packed.tokens, t, packed.coords, packed.lengths, CAPTIONS)
+    alone = [model(x, s, c, [len(x)], [text]) for x, s, c, text in zip(
+        packed.tokens.split(packed.lengths), t.split(packed.lengths), packed.coords.split(packed.lengths), CAPTIONS)]
+    assert (together - torch.cat(alone)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_words_and_noise_levels_are_read(kind, generator):
+    model = denoiser(kind)
+    packed, t = inputs([(2, 4, 4)], generator)
+    say = lambda t, text: model(packed.tokens, t, packed.coords, packed.lengths, [text])
+    base = say(t, "a red circle")
+    assert (say(t, "a blue circle") - base).abs().max() > 1e-3
+    changed = t.clone()
+    changed[0] = 1 - changed[0]
+    assert (say(changed, "a red circle") - base).abs().max() > 1e-3
+
+
+def test_gradients_reach_every_weight(generator):
+    for kind in KINDS:
+        model = denoiser(kind).train()
+        loss, _ = flow_loss(model, ([torch.randn(4, 2, 4, 4)] * 3, CAPTIONS[:2] * 2), generator)
+        loss.backward()
+        assert not [n for n, p in model.named_parameters() if p.grad is None]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 5), st.integers(0, 10_000))
+def test_masks_never_give_everything(t, h, w, seed):
+    grid = (t, h, w)
+    mask = draw_mask(coordinates(grid), grid, torch.Generator().manual_seed(seed))
+    assert mask.shape == (t * h * w,) and not mask.all()
+
+
+def test_the_vocabulary_holds_every_caption(generator):
+    words = Vocabulary(vocabulary())
+    for options in (dict(objects=(1, 3), pillar=0.5), dict(frames=1)):
+        world = Shapes(**options)
+        for scene in world.scenes(world.cast(200, generator)):
+            for level in LEVELS:
+                assert words.encode(caption(scene, level))
+
+
+def test_bad_prompts_are_refused_with_a_hint():
+    words = Vocabulary(vocabulary())
+    with pytest.raises(ValueError, match="'circel'.*circle"):
+        words.encode("a red circel")
+    with pytest.raises(ValueError, match="empty"):
+        words.encode("   ")
+    assert words.encode(None) == [0]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    model = denoiser()
+    return SoraLite(VideoVAE(channels=4, widths=(16, 24), encoder=(1, 1), decoder=(1, 1)), model.text, model.dit,
+                    defaults=dict(num_inference_steps=2))
+
+
+@pytest.mark.parametrize("size", [(17, 64, 64), (1, 32, 64), (9, 48, 16)])
+def test_the_pipeline_makes_any_size(pipe, size):
+    frames, height, width = size
+    video = pipe("a red circle", frames=frames, height=height, width=width)
+    assert video.shape == (1, 3, *size) and video.abs().max() <= 1
+
+
+def test_one_seed_one_video(pipe):
+    make = lambda seed: pipe(["a red circle", "a small blue star"], frames=5, height=32, width=32,
+                             generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(make(1), make(1)) and not torch.equal(make(1), make(2))
+
+
+def test_given_tokens_are_kept_to_the_bit(pipe, generator):
+    grid = (3, 2, 2)
+    kept = torch.randn(1, 12, 16, generator=generator)
+    mask = (coordinates(grid)[:, 0] == 0)[None]
+    out = pipe.latents(["a red circle"], grid, num_inference_steps=3, given=kept, mask=mask, generator=generator)
+    from sora_lite.patches import patchify
+    assert torch.equal(patchify(out)[0][mask], kept[mask])
+
+
+def test_bad_sizes_and_prompts_fail_before_any_work(pipe):
+    with pytest.raises(ValueError, match="nearest"):
+        pipe("a red circle", height=60)
+    with pytest.raises(ValueError, match="multiples of 16"):
+        pipe("a red circle", height=72)
+    with pytest.raises(ValueError, match="empty"):
+        pipe("")
+
+
+def test_the_pipeline_travels(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "p", seed=0)
+    back = SoraLite.from_pretrained(tmp_path / "p")
+    assert back.defaults == pipe.defaults and back.patch == pipe.patch
+    assert back("a red circle", frames=5, height=32, width=32).shape == (1, 3, 5, 32, 32)
+    (tmp_path / "p" / "dit" / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="model.safetensors"):
+        SoraLite.from_pretrained(tmp_path / "p")
+    with pytest.raises(FileNotFoundError, match="pipeline.json"):
+        SoraLite.from_pretrained(tmp_path / "q")

@@ -1,0 +1,129 @@
+"""The Shapes world and its oracle: what is drawn is what is said, and is read back from the pixels."""
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sora_lite import oracle
+from sora_lite.shapes import (BACKGROUNDS, COLORS, LEVELS, MOTIONS, SHAPES, SIZES, Shapes, caption, coverage,
+                              held_out, vocabulary)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(height=st.integers(16, 90), width=st.integers(16, 90), frames=st.integers(1, 20),
+       most=st.integers(1, 3), pillar=st.floats(0, 1), level=st.sampled_from([*LEVELS, "mixed"]),
+       split=st.sampled_from(["train", "test"]))
+def test_any_size_length_and_cast(height, width, frames, most, pillar, level, split):
+    world = Shapes(height, width, frames, objects=(1, most), pillar=pillar, level=level, split=split)
+    video, captions = world.batch(3, seeded())
+    assert video.shape == (3, 3, frames, height, width) and video.abs().max() <= 1
+    words = set(vocabulary())
+    for text in captions:
+        assert set(text.replace(",", " ,").split()) <= words
+    cast = world.cast(20, seeded(1))
+    assert (held_out(cast["shape"], cast["color"], cast["motion"]) == (split == "test")).all()
+    assert 1 <= cast["count"].min() and cast["count"].max() <= most
+
+
+def test_figures_stay_within_the_frame():
+    cast = Shapes(48, 80, 17, objects=(3, 3)).cast(300, seeded())
+    low = cast["center"] - cast["radius"][..., None, None]
+    high = cast["center"] + cast["radius"][..., None, None] - torch.tensor([80, 48])
+    assert low.min() > -0.01 and high.max() < 0.01
+
+
+def test_every_pair_of_words_is_trained_on_though_combinations_are_held_out():
+    grid = torch.cartesian_prod(*(torch.arange(len(w)) for w in (SHAPES, COLORS, MOTIONS)))
+    out = held_out(*grid.T)
+    assert 0.1 < out.float().mean() < 0.2
+    kept = grid[~out]
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert len(kept[:, [i, j]].unique(dim=0)) == len(grid[:, [i, j]].unique(dim=0))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_edges_are_smooth_and_area_scales(shape):
+    middle = torch.tensor(40.0)
+    small, large = (coverage(shape, middle, middle, torch.tensor(r), 80, 80) for r in (12.0, 24.0))
+    assert ((large > 0.05) & (large < 0.95)).any() and large.max() == 1 and large.min() == 0
+    assert (large.sum() / small.sum()).item() == pytest.approx(4, rel=0.03)
+    shifted = coverage(shape, middle + 0.5, middle, torch.tensor(12.0), 80, 80)
+    assert shifted.sum().item() == pytest.approx(small.sum().item(), rel=0.02)
+
+
+def test_same_seed_same_clip_and_time_stretches():
+    a, b = (Shapes().sample(seeded(3)) for _ in range(2))
+    assert torch.equal(a.video, b.video) and a.caption == b.caption
+    short, long = (Shapes(frames=n).cast(8, seeded(3))["center"] for n in (9, 17))
+    assert torch.allclose(short, long[:, :, ::2], atol=1e-4), "a word means one thing at any duration"
+
+
+def test_captions_name_the_state():
+    scene = dict(background="navy", pillar=True, passes=[(1, 0)], objects=[
+        dict(shape="ring", color="orange", size="small", motion="left", place="upper left"),
+        dict(shape="star", color="red", size="large", motion="still", place="center")])
+    assert caption(scene, "terse") == "an orange ring and a red star"
+    assert caption(scene) == ("a small orange ring moves left and a large red star stays still on a navy "
+                              "background with a pillar")
+    assert caption(scene, "descriptive").endswith(", the red star passes before the orange ring")
+    with pytest.raises(ValueError, match="caption level"):
+        caption(scene, "poetic")
+
+
+@pytest.mark.parametrize("options", [dict(height=8), dict(frames=0), dict(objects=(0, 1)), dict(objects=(2, 4)),
+                                     dict(split="dev"), dict(level="poetic")])
+def test_impossible_worlds(options):
+    with pytest.raises(ValueError, match="got"):
+        Shapes(**options)
+
+
+# ---- the oracle
+
+@pytest.mark.parametrize("clips, options", [
+    (200, dict()), (150, dict(frames=1)), (60, dict(height=96, width=56)), (60, dict(frames=33)),
+    (30, dict(objects=(2, 2))), (20, dict(pillar=1.0)), (10, dict(objects=(3, 3)))])
+def test_oracle_reads_every_attribute(clips, options):
+    world = Shapes(**options)
+    cast = world.cast(clips, seeded(11))
+    scores = oracle.fidelity(world.scenes(cast), world.render(cast))
+    assert all(scores[key] >= (0.99 if clips >= 50 else 0.95) for key in oracle.ATTRIBUTES), scores
+
+
+def test_oracle_survives_a_video_file(tmp_path):
+    """Shape, colour, size, motion and background are read alike after H.264."""
+    from sora_lite.video import read, write
+
+    world = Shapes()
+    cast = world.cast(12, seeded(4))
+    videos = torch.stack([read(write(tmp_path / f"{i}.mp4", video)).video
+                          for i, video in enumerate(world.render(cast))])
+    assert oracle.fidelity(world.scenes(cast), videos)["all"] >= 0.9
+
+
+def test_oracle_notices_every_single_error():
+    """A state with one attribute changed no longer matches the pixels, and only there."""
+    world = Shapes()
+    clip = world.sample(seeded(8))
+    reading = oracle.read(clip.video)
+    assert oracle.score(clip.state, reading)["all"]
+    words = dict(shape=SHAPES, color=tuple(COLORS), size=tuple(SIZES), motion=tuple(MOTIONS))
+    for key, choices in words.items():
+        thing = clip.state["objects"][0]
+        other = next(w for w in choices if w != thing[key])
+        wrong = oracle.score(clip.state | {"objects": [thing | {key: other}]}, reading)
+        assert not wrong[key] and not wrong["all"] and wrong["background"]
+    other = next(b for b in BACKGROUNDS if b != clip.state["background"])
+    assert not oracle.score(clip.state | {"background": other}, reading)["background"]
+
+
+def test_oracle_reads_whatever_it_is_shown():
+    for video in (torch.zeros(3, 5, 32, 32), torch.rand(3, 5, 32, 32) * 2 - 1, torch.ones(3, 1, 16, 16)):
+        assert set(oracle.read(video)) == {"background", "pillar", "objects"}
+    with pytest.raises(ValueError, match="one clip"):
+        oracle.read(torch.zeros(2, 3, 5, 32, 32))
+    with pytest.raises(ValueError, match="as many"):
+        oracle.fidelity([], torch.zeros(1, 3, 5, 32, 32))

@@ -1,0 +1,142 @@
+"""The loop: resumes to the bit after a kill, stops at NaN with the last checkpoint whole, writes atomically."""
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from sora_lite.train import Muon, Pretrained, fit, orthogonalize, rate
+from sora_lite.video import write_atomically
+
+SCRIPT = """
+import sys, time, torch
+from torch import nn
+from sora_lite.train import fit
+torch.manual_seed(0); torch.set_num_threads(1)
+model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 8))
+def batch(step, g):
+    time.sleep(float(sys.argv[2])); return torch.randn(16, 8, generator=g)
+def loss(model, x, g):
+    return (model(x + 0.1 * torch.randn(x.shape, generator=g)).float() - x).square().mean()
+fit(model, batch, loss, steps=60, save_every=10, folder=sys.argv[1], desc="t")
+torch.save(model.state_dict(), sys.argv[1] + "/final.pt")
+"""
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run = lambda folder, pause: [sys.executable, "-c", SCRIPT, str(folder), str(pause)]
+    subprocess.run(run(whole, 0), check=True, capture_output=True)
+    process = subprocess.Popen(run(cut, 0.05), stderr=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    while not (cut / "last.pt").exists() and time.time() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert (cut / "last.pt").exists() and not (cut / "final.pt").exists()
+    subprocess.run(run(cut, 0), check=True, capture_output=True)
+    a, b = (torch.load(f / "final.pt", weights_only=True) for f in (whole, cut))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def tiny(**options):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4)
+    history = fit(model, lambda k, g: torch.randn(8, 4, generator=g),
+                  options.pop("loss", lambda m, x, g: m(x).float().square().mean()), **dict(steps=12) | options)
+    return model, history
+
+
+def test_nan_stops_the_run_names_the_step_and_keeps_the_checkpoint(tmp_path):
+    calls = []
+
+    def loss(m, x, g):
+        calls.append(1)
+        return m(x).square().mean() * (float("nan") if len(calls) > 7 else 1.0)
+
+    with pytest.raises(FloatingPointError, match="step 7.*last.pt"):
+        tiny(loss=loss, folder=tmp_path, save_every=5)
+    kept = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert kept["history"]["steps"] == 5 and all(v.isfinite().all() for v in kept["model"].values())
+
+
+def test_a_truncated_checkpoint_and_one_of_another_run_are_refused(tmp_path):
+    tiny(folder=tmp_path)
+    with pytest.raises(ValueError, match="belongs to another run"):
+        tiny(folder=tmp_path, seed=5)
+    path = tmp_path / "last.pt"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match="truncated"):
+        tiny(folder=tmp_path)
+
+
+def test_a_failed_write_changes_nothing(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("before")
+
+    def full(p):
+        p.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="free some space"):
+        write_atomically(path, full)
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_really_full_disk(tmp_path):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full on this system")
+    with pytest.raises(OSError, match="free some space"):
+        write_atomically(tmp_path / "x", lambda p: open("/dev/full", "w").write("x" * 100_000))
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 64), (2, 64, 32), (1, 48, 48)])
+def test_orthogonalize_levels_singular_values(shape):
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+    assert values.min() > 0.3 and values.max() < 1.3
+
+
+def test_muon_learns_a_linear_map():
+    torch.manual_seed(0)
+    goal, model = torch.randn(16, 16) / 4, nn.Linear(16, 16, bias=False)
+    optimizer, x = Muon(model.parameters(), lr=0.02), torch.randn(256, 16)
+    losses = []
+    for _ in range(100):
+        loss = (model(x) - x @ goal.T).square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.05 * losses[0]
+
+
+def test_rate_rises_stays_and_falls():
+    values = [rate(k, 100, warmup=10, decay=0.4) for k in range(100)]
+    assert values[0] == 0.1 and values[10] == values[59] == 1.0 and values[99] == pytest.approx(1 / 40)
+    with pytest.raises(ValueError, match="wsd or cosine"):
+        rate(0, 10, schedule="step")
+
+
+class Kept(nn.Linear, Pretrained):
+    def __init__(self, size=3):
+        super().__init__(size, size)
+        self.config = dict(size=size)
+
+
+def test_weights_travel_and_broken_ones_are_named(tmp_path):
+    model = Kept(5)
+    model.save_pretrained(tmp_path / "m", note="x")
+    back = Kept.from_pretrained(tmp_path / "m")
+    assert torch.equal(back.weight, model.weight.bfloat16().float())
+    file = tmp_path / "m" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(ValueError, match="truncated"):
+        Kept.from_pretrained(tmp_path / "m")
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        Kept.from_pretrained(tmp_path / "nothing")

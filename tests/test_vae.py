@@ -1,0 +1,84 @@
+"""The autoencoder: causal, any size, pieces equal the whole, clear errors."""
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sora_lite.vae import BOTTLENECKS, VideoVAE, psnr
+
+
+def model(bottleneck="kl"):
+    torch.manual_seed(0)
+    vae = VideoVAE(channels=4, widths=(16, 24), encoder=(1, 1), decoder=(1, 1), bottleneck=bottleneck).eval()
+    for p in vae.parameters():          # blocks start as the identity: make every layer count
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
+    return vae
+
+
+VAES = {name: model(name) for name in BOTTLENECKS}
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.sampled_from(list(BOTTLENECKS)), st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(1, 6))
+def test_pieces_equal_the_whole_for_any_size(name, t, h, w, chunk):
+    vae = VAES[name]
+    video = torch.rand(1, 3, 1 + 4 * (t - 1), 8 * h, 8 * w, generator=torch.Generator().manual_seed(t)) * 2 - 1
+    latents = vae.encode(video)
+    assert latents.shape == (1, 4, t, h, w) and vae.decode(latents).shape == video.shape
+    assert (vae.encode(video, chunk) - latents).abs().max() < 1e-4
+    assert (vae.decode(latents, chunk) - vae.decode(latents)).abs().max() < 1e-4
+
+
+def test_the_past_does_not_see_the_future(generator):
+    vae, video = VAES["kl"], torch.rand(1, 3, 17, 16, 16, generator=generator)
+    other = video.clone()
+    other[:, :, 9:] = 0
+    same = (vae.encode(video) - vae.encode(other)).abs().amax((0, 1, 3, 4)) < 1e-6
+    assert same.tolist() == [True, True, True, False, False]
+
+
+def test_an_image_is_the_first_frame_of_a_video(generator):
+    vae, video = VAES["kl"], torch.rand(1, 3, 9, 16, 16, generator=generator)
+    assert torch.allclose(vae.encode(video[:, :, :1]), vae.encode(video)[:, :, :1], atol=1e-5)
+
+
+def test_sizes_that_cannot_be_are_named_with_the_nearest_that_can():
+    with pytest.raises(ValueError, match="17 frames of 64 x 64"):
+        VAES["kl"].encode(torch.zeros(1, 3, 16, 60, 64))
+    with pytest.raises(ValueError, match="5 channels"):
+        VAES["kl"].decode(torch.zeros(1, 5, 1, 2, 2))
+    with pytest.raises(ValueError, match="chunk"):
+        VAES["kl"].encode(torch.zeros(1, 3, 5, 16, 16), chunk=0)
+    with pytest.raises(ValueError, match="kl.*vq.*fsq"):
+        VideoVAE(bottleneck="gan")
+
+
+@pytest.mark.parametrize("name", BOTTLENECKS)
+def test_every_bottleneck_learns(name):
+    from sora_lite.shapes import Shapes
+    from sora_lite.train import fit
+
+    vae = model(name)
+    world = Shapes(height=32, width=32, frames=5)
+
+    def loss(m, x, g):
+        y, penalty, _ = m(x, g)
+        return (y.float() - x).square().mean() + 1e-5 * penalty
+
+    history = fit(vae, lambda k, g: world.batch(4, g)[0], loss, steps=30, warmup=5)
+    assert sum(history.losses[-5:]) < 0.6 * sum(history.losses[:5])
+
+
+def test_latents_are_normalised(generator):
+    from sora_lite.shapes import Shapes
+
+    vae = model()
+    videos = [Shapes(height=32, width=32).batch(8, generator)[0] for _ in range(2)]
+    vae.measure_latents(videos)
+    z = torch.cat([vae.encode(v) for v in videos]).transpose(0, 1).flatten(1)
+    assert z.mean(1).abs().max() < 1e-3 and (z.std(1) - 1).abs().max() < 1e-2
+
+
+def test_psnr_of_a_known_error():
+    assert psnr(torch.zeros(1, 3, 1, 4, 4), torch.full((1, 3, 1, 4, 4), 0.2)).item() == pytest.approx(20.0, abs=1e-4)
