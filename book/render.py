@@ -42,7 +42,7 @@ def main() -> None:
     if rows:
         page.write_text(page.read_text().split("<!-- rows -->")[0] + "<!-- rows -->\n\n" + ledger_table(rows))
     print("rendering the book", flush=True)
-    command = [sys.executable, "-m", "jupyter_book", "build", str(source), "-W", "-n", "--keep-going", "-q",
+    command = [str(Path(sys.executable).with_name("jupyter-book")), "build", str(source), "-W", "-n", "--keep-going", "-q",
                "--path-output", str(ROOT)]
     if subprocess.run(command).returncode:
         raise SystemExit("the book did not render: the first warning above says why")
