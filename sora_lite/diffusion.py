@@ -91,7 +91,7 @@ def shift_times(t: Tensor, shift: float) -> Tensor:
 def sample_times(n: int, generator: torch.Generator, *, shift: float = 1.0, mean: float = 0.0,
                  spread: float = 1.0) -> Tensor:
     """n logit-normal times in (0, 1), shifted; Esser 2024, eq. 19."""
-    normal = torch.randn(n, generator=generator, device=generator.device)
+    normal = torch.randn(n, generator=generator)
     return shift_times((mean + spread * normal).sigmoid(), shift)
 
 

@@ -77,7 +77,8 @@ def run_dir() -> Path:
 # %% ../notebooks/A_lab.ipynb #74f0d314
 def weights(name: str) -> Path:
     """The folder of trained weights `name`: from this run, else from data/. Prints which."""
-    for folder, said in ((run_dir() / "weights" / name, "this run"), (root() / "data" / name, "data/")):
+    for folder, said in ((run_dir() / "weights" / name, "this run"), (root() / "data" / name, "data/"),
+                         (root() / "data" / "sora-lite" / name, "data/")):   # a part of the pipeline
         if any(folder.glob("*.json")):
             print(f"weights {name!r}: from {said}")
             return folder
@@ -124,9 +125,15 @@ def strip(video: Tensor, n: int = 6, gap: int = 2) -> np.ndarray:
     return np.concatenate([part for f in frames for part in (f, white)][:-1], 1)
 
 
-def show_strips(videos, titles=None, n: int = 6, width: float = 8.0):
-    """Draw several clips as strips, one below the other, each with its title; returns the figure."""
+def show_strips(videos, titles=None, n: int = 6, width: float = 8.0) -> None:
+    """Show several clips as strips, one below the other, each with its title.
+
+    As a JPEG: noise, which a diffusion book shows a lot of, would weigh four times as much as a PNG.
+    """
+    import io
+
     import matplotlib.pyplot as plt
+    from IPython.display import Image, display
 
     strips = [strip(v, n) for v in videos]
     heights = [s.shape[0] / s.shape[1] * width + (0.28 if titles else 0.04) for s in strips]
@@ -135,4 +142,7 @@ def show_strips(videos, titles=None, n: int = 6, width: float = 8.0):
         ax.imshow(picture)
         ax.set_title(title, fontsize=9, loc="left")
         ax.axis("off")
-    return fig
+    file = io.BytesIO()
+    fig.savefig(file, format="jpeg", pil_kwargs=dict(quality=80))
+    plt.close(fig)
+    display(Image(file.getvalue(), format="jpeg"))

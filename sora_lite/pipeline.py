@@ -77,12 +77,13 @@ def flow_loss(model: Denoiser, batch: tuple[list[Tensor], list[str]], generator:
     cut = [(*patchify(latents[i], patch), latents[i]) for i in order]
     lengths = [len(tokens) for tokens, _, _ in cut]
     x0, coords = torch.cat([c[0] for c in cut]), torch.cat([c[1] for c in cut])
-    given = torch.cat([draw_mask(c[1], tuple(n // p for n, p in zip(c[2].shape[1:], patch)), generator)
+    device = x0.device
+    given = torch.cat([draw_mask(c[1].cpu(), tuple(n // p for n, p in zip(c[2].shape[1:], patch)), generator)
                        if coin[1, i] < masked else torch.zeros(len(c[0]), dtype=torch.bool)
-                       for c, i in zip(cut, order)])
-    times = torch.cat([sample_times(1, generator, shift=shift_for_tokens(n)).expand(n) for n in lengths])
+                       for c, i in zip(cut, order)]).to(device)
+    times = torch.cat([sample_times(1, generator, shift=shift_for_tokens(n)).expand(n) for n in lengths]).to(device)
     times = torch.where(given, 0.0, times)
-    eps = torch.randn(x0.shape, generator=generator)
+    eps = torch.randn(x0.shape, generator=generator).to(device)
     said = model(mix(Flow(), x0, eps, times), times, coords, lengths, [captions[i] for i in order])
     free, goal = ~given, eps - x0
     mse = F.mse_loss(said[free], goal[free])

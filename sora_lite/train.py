@@ -107,6 +107,7 @@ def fit(model: nn.Module, batch: Callable, loss: Callable, *, steps: int, lr: fl
         folder: str | Path | None = None, save_every: int = 200, desc: str = "training") -> History:
     """Train `model` in place; afterwards it holds its averaged weights.
 
+    Generators live on the CPU, so that a seed means the same numbers on every device.
     batch: (step, generator) -> anything; loss: (model, batch, generator) -> scalar or (scalar, {name: float}).
     folder: where `last.pt` is kept every `save_every` steps and resumed from; None keeps nothing.
     Raises FloatingPointError at the first loss that is not finite, naming the step; the last good
@@ -144,7 +145,7 @@ def fit(model: nn.Module, batch: Callable, loss: Callable, *, steps: int, lr: fl
     bar = tqdm(range(history.steps, steps), initial=history.steps, total=steps, desc=desc, mininterval=2)
     try:
         for step in bar:
-            generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
             for o, lrs in zip(opts, base):
                 for group, value in zip(o.param_groups, lrs):
                     group["lr"] = value * rate(step, steps, warmup=warmup, schedule=schedule, decay=decay)
@@ -152,9 +153,10 @@ def fit(model: nn.Module, batch: Callable, loss: Callable, *, steps: int, lr: fl
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 value = loss(model, data, generator)
             value, extra = value if isinstance(value, tuple) else (value, {})
-            if not torch.isfinite(value):
+            number = float(value.detach())
+            if not math.isfinite(number):
                 raise FloatingPointError(
-                    f"{desc}: the loss is {float(value)} at step {step}. "
+                    f"{desc}: the loss is {number} at step {step}. "
                     + (f"The last good checkpoint is {path}" if path and path.exists() else
                        "No checkpoint was kept (give `folder`)")
                     + "; lower lr or matrix_lr, or train with bf16=False.")
@@ -165,7 +167,7 @@ def fit(model: nn.Module, batch: Callable, loss: Callable, *, steps: int, lr: fl
                 o.zero_grad(set_to_none=True)
             keep = min(ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(average, [p.detach() for p in params], 1 - keep)
-            history.losses.append(float(value.detach()))
+            history.losses.append(number)
             for name, figure in extra.items():
                 history.figures.setdefault(name, []).append(float(figure))
             history.steps, history.seconds = step + 1, time.time() - begun

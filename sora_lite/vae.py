@@ -117,7 +117,7 @@ class KL(nn.Module):
     def forward(self, h: Tensor, generator: torch.Generator | None = None, sample: bool = False):
         mean, logvar = h.float().chunk(2, 1)
         logvar = logvar.clamp(-12, 4)
-        noise = torch.randn(mean.shape, generator=generator, device=h.device) if sample else 0.0
+        noise = torch.randn(mean.shape, generator=generator).to(h.device) if sample else 0.0
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
         return mean + (0.5 * logvar).exp() * noise, kl.sum(1).mean(), {"kl": kl.sum(1).mean().detach()}
 
@@ -150,7 +150,7 @@ class VQ(nn.Module):
         self.codebook.lerp_(torch.where(count[:, None] > 0, mean, self.codebook), 1 - self.decay)
         self.count.lerp_(count, 1 - self.decay)
         dead = (self.count < 0.03).nonzero()[:, 0]
-        pick = torch.randint(len(flat), (len(dead),), generator=generator, device=flat.device)
+        pick = torch.randint(len(flat), (len(dead),), generator=generator).to(flat.device)
         self.codebook[dead], self.count[dead] = flat[pick], 1.0
 
 
