@@ -143,6 +143,6 @@ def show_strips(videos, titles=None, n: int = 6, width: float = 8.0) -> None:
         ax.set_title(title, fontsize=9, loc="left")
         ax.axis("off")
     file = io.BytesIO()
-    fig.savefig(file, format="jpeg", pil_kwargs=dict(quality=80))
+    fig.savefig(file, format="jpeg", dpi=90, pil_kwargs=dict(quality=75))
     plt.close(fig)
     display(Image(file.getvalue(), format="jpeg"))
