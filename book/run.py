@@ -1,7 +1,7 @@
 """Run the chapters through papermill: `python book/run.py --profile toy`.
 
 Each notebook is executed in order with its profile's parameters; the result lies in runs/<profile>/. A chapter
-whose notebook, package and parameters are as they were is not run again, so a killed run goes on where it stopped.
+whose notebook, package, parameters and earlier chapters are as they were is not run again, so a killed run goes on where it stopped.
 """
 import argparse
 import ast
@@ -73,11 +73,18 @@ def parameters(path: Path, profile: str, given: dict) -> dict:
     return values
 
 
-def fingerprint(path: Path, values: dict) -> str:
-    """What a result depends on: the notebook's sources, its parameters, and the package."""
+def stored_mark(path: Path) -> str | None:
+    """The fingerprint under which a result was made; None where there is no result."""
+    return nbformat.read(path, 4).metadata.get("sora_lite", {}).get("fingerprint") if path.is_file() else None
+
+
+def fingerprint(path: Path, values: dict, folder: Path) -> str:
+    """What a result depends on: the notebook's sources, its parameters, the package, and the run's earlier chapters."""
+    earlier = [p.name for p in chapters()]
+    marks = [stored_mark(folder / name) for name in earlier[:earlier.index(path.name)]]
     cells = [c.source for c in nbformat.read(path, 4).cells]
     package = "".join(p.read_text() for p in sorted((ROOT / "sora_lite").glob("*.py")))
-    return hashlib.sha256(json.dumps([cells, values, package], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([cells, values, package, marks], sort_keys=True).encode()).hexdigest()
 
 
 def clean(path: Path, mark: str) -> None:
@@ -131,9 +138,8 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     begun = time.time()
     for number, (path, values) in enumerate(plan, 1):
-        out, mark = folder / path.name, fingerprint(path, values)
-        done = out.is_file() and nbformat.read(out, 4).metadata.get("sora_lite", {}).get("fingerprint") == mark
-        if done and not args.force:
+        out, mark = folder / path.name, fingerprint(path, values, folder)
+        if stored_mark(out) == mark and not args.force:
             print(f"[{number}/{len(plan)}] {path.stem}: up to date")
             continue
         print(f"[{number}/{len(plan)}] {path.stem} ({args.profile})", flush=True)

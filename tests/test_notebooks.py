@@ -9,8 +9,10 @@ import nbformat
 import pytest
 import yaml
 
+import address
 import export
 import run
+from sora_lite import lab
 
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = run.chapters()
@@ -49,8 +51,7 @@ def test_stored_outputs_are_small_whole_and_without_machine_paths(name):
             assert str(ROOT) not in str(out), "a path of the machine that ran it"
 
 
-@pytest.mark.parametrize("profile", run.PROFILES if hasattr(run, "PROFILES") else
-                         [p.stem for p in (ROOT / "notebooks" / "profiles").glob("*.yaml")])
+@pytest.mark.parametrize("profile", lab.PROFILES)
 def test_profiles_name_only_known_parameters(profile):
     values = yaml.safe_load((ROOT / "notebooks" / "profiles" / f"{profile}.yaml").read_text()) or {}
     assert set(values) <= set(NOTEBOOKS)
@@ -62,6 +63,16 @@ def test_an_unknown_parameter_ends_the_run_at_once():
     done = subprocess.run([sys.executable, "book/run.py", "--profile", "smoke", "--only", "03", "-p", "sed", "1"],
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode and "no parameter sed" in done.stderr
+
+
+def test_a_chapter_is_run_again_when_an_earlier_one_was_made_anew(tmp_path):
+    first, last = PATHS[0], PATHS[-1]
+    before = run.fingerprint(last, {}, tmp_path)
+    assert run.fingerprint(last, {}, tmp_path) == before != run.fingerprint(last, {"seed": 1}, tmp_path)
+    (tmp_path / first.name).write_text(first.read_text())
+    run.clean(tmp_path / first.name, "a mark")
+    assert run.stored_mark(tmp_path / first.name) == "a mark"
+    assert run.fingerprint(last, {}, tmp_path) != before
 
 
 def test_export_is_in_step(tmp_path):
@@ -82,14 +93,14 @@ def test_a_chapter_imports_only_earlier_modules(name):
     assert not set(re.findall(r"from sora_lite\.(\w+) import", code)) & later
 
 
-def test_the_address_stands_in_one_place():
-    address = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
-    name = address.removeprefix("https://github.com/")
-    texts = {p: p.read_text() for p in [ROOT / "README.md", *(ROOT / "notebooks").glob("*.ipynb"),
-                                        *(ROOT / "book").glob("*.md")]}
-    for path, text in texts.items():
-        for other in re.findall(r"github(?:\.com|usercontent\.com)?/([\w-]+/[\w-]+)", text):
-            assert other == name or "colab" in other, f"{path.name} points to {other}, not to {name}"
+def test_the_address_stands_in_one_place(monkeypatch):
+    assert [p.name for p in address.files() if p.read_text() != address.in_step(p)] == [], \
+        "run python book/address.py --write"
+    old, new = address.address(), "https://github.com/somebody/another-name"
+    monkeypatch.setattr(address, "address", lambda: new)
+    for path in address.files():                          # nothing that follows from the address keeps the old one
+        assert old.removeprefix("https://github.com/") not in address.in_step(path), path.name
+        assert (new in address.in_step(path)) == (path.suffix == ".ipynb"), path.name
 
 
 def test_the_set_up_cell_is_the_same_everywhere_and_leaves_torch_alone():

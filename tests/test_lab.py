@@ -1,0 +1,85 @@
+"""The lab bench: checked beginnings, run folders, weights that are found, the ledger, stills that fit."""
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from sora_lite import lab
+
+
+@pytest.fixture(autouse=True)
+def a_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("SORA_LITE_RUN", str(tmp_path / "run"))
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("values, named", [(("huge", 0, "cpu"), "huge"), (("toy", -1, "cpu"), "seed"),
+                                           (("toy", "0", "cpu"), "seed"), (("toy", 0, "abacus"), "abacus")])
+def test_a_bad_beginning_names_the_parameter(values, named):
+    with pytest.raises(ValueError, match=named):
+        lab.start(*values)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_without_a_gpu_says_the_remedy():
+    with pytest.raises(ValueError, match="device='cpu'"):
+        lab.start("toy", 0, "cuda")
+
+
+def test_start_seeds_torch_and_numpy():
+    drawn = []
+    for _ in range(2):
+        assert lab.start("smoke", 3) == torch.device("cpu")
+        drawn.append((torch.rand(2).tolist(), np.random.rand(2).tolist()))
+    assert drawn[0] == drawn[1]
+
+
+def test_weights_of_this_run_go_before_those_of_data(a_run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "_config.yml").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="make book"):
+        lab.weights("vae")
+    for folder, said in ((tmp_path / "data" / "vae", "data/"), (a_run / "weights" / "vae", "this run")):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        assert lab.weights("vae") == folder
+        assert said in capsys.readouterr().out
+
+
+def test_ledger_rows_are_appended_and_complete(a_run):
+    lab.ledger("2", "vae", seconds=1.26, psnr=31.23456789)
+    lab.ledger("5", "dit", seconds=2, fidelity=0.9)
+    rows = [json.loads(line) for line in (a_run / "ledger.jsonl").read_text().splitlines()]
+    assert [r["chapter"] for r in rows] == ["2", "5"]
+    assert rows[0]["psnr"] == 31.2346 and rows[0]["seconds"] == 1.3
+    assert all({"device", "torch", "commit", "when", "peak_gb", "profile"} <= set(r) for r in rows)
+
+
+def test_stills_keep_size_and_range():
+    video = torch.linspace(-2, 2, 3 * 5 * 4 * 6).view(3, 5, 4, 6)
+    assert lab.image(video[:, 0]).shape == (4, 6, 3)
+    assert lab.image(video[:, 0]).dtype == np.uint8
+    assert lab.strip(video, n=3).shape == (4, 3 * 6 + 2 * 2, 3)
+    assert lab.strip(video, n=9).shape == (4, 5 * 6 + 4 * 2, 3)        # no more stills than frames
+    assert (lab.image(torch.ones(3, 2, 2)) == 255).all() and (lab.image(-torch.ones(3, 2, 2)) == 0).all()
+
+
+def test_a_sheet_of_noise_stays_within_one_output(monkeypatch):
+    """The heaviest picture there is must fit into the 150 kB of a stored output."""
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    noise = torch.randn(3, 9, 64, 64, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    lab.show_strips([noise] * 5, [f"noise {i}" for i in range(5)])
+    assert len(shown[0].data) * 4 / 3 < 150_000
+
+
+def test_colours_are_legible_on_white():
+    def contrast(colour):
+        parts = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 1.05 / (np.dot(linear, (0.2126, 0.7152, 0.0722)) + 0.05)
+
+    assert contrast(lab.COLORS["ink"]) > 7
+    assert all(contrast(c) >= 2.7 for c in lab.SERIES)
+    assert len(set(lab.SERIES)) == 6
