@@ -1,7 +1,8 @@
 """Run the chapters through papermill: `python book/run.py --profile toy`.
 
 Each notebook is executed in order with its profile's parameters; the result lies in runs/<profile>/. A chapter
-whose notebook, package, parameters and earlier chapters are as they were is not run again, so a killed run goes on where it stopped.
+whose notebook, package, parameters and earlier chapters are as they were is not run again, so a killed run goes
+on where it stopped.
 """
 import argparse
 import ast
