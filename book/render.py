@@ -34,7 +34,7 @@ def main() -> None:
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy(ROOT / name, source)
     for name in ("book", "notebooks"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.py"))
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for notebook in run.glob("[0-9A]*.ipynb"):
         if not notebook.name.endswith(".part.ipynb"):
             shutil.copy(notebook, source / "notebooks")
