@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .diffusion import Flow, guide, mix, sample, sample_times, shift_for_tokens
+from .diffusion import Flow, guide, mix, sample, sample_times, shift_for_tokens, shift_times
 from .patches import coordinates, patchify, unpatchify
 from .vae import VideoVAE
 from .video import write_atomically
@@ -74,17 +74,21 @@ def flow_loss(model: Denoiser, batch: tuple[list[Tensor], list[str]], generator:
     captions = [None if drop else text for text, drop in zip(captions, (coin[0] < unconditional).tolist())]
     order = sorted(range(len(latents)), key=lambda i: (
         latents[i].shape, len(model.text.vocabulary.encode(captions[i]))))
-    cut = [(*patchify(latents[i], patch), latents[i]) for i in order]
-    lengths = [len(tokens) for tokens, _, _ in cut]
-    x0, coords = torch.cat([c[0] for c in cut]), torch.cat([c[1] for c in cut])
+    shapes = [latents[i].shape for i in order]
+    same = [patchify(torch.stack([latents[i] for i in order if latents[i].shape == shape]), patch)
+            for shape in dict.fromkeys(shapes)]                     # clips of one size are cut together
+    x0 = torch.cat([tokens.flatten(0, 1) for tokens, _ in same])
+    coords = [at for tokens, at in same for _ in tokens]
+    lengths = [len(at) for at in coords]
     device = x0.device
-    given = torch.cat([draw_mask(c[1].cpu(), tuple(n // p for n, p in zip(c[2].shape[1:], patch)), generator)
-                       if coin[1, i] < masked else torch.zeros(len(c[0]), dtype=torch.bool)
-                       for c, i in zip(cut, order)]).to(device)
-    times = torch.cat([sample_times(1, generator, shift=shift_for_tokens(n)).expand(n) for n in lengths]).to(device)
+    given = torch.cat([draw_mask(at.cpu(), tuple(n // p for n, p in zip(shape[1:], patch)), generator)
+                       if coin[1, i] < masked else torch.zeros(len(at), dtype=torch.bool)
+                       for at, shape, i in zip(coords, shapes, order)]).to(device)
+    times = torch.cat([shift_times(t, shift_for_tokens(n)).expand(n) for t, n in zip(
+        sample_times(len(lengths), generator), lengths)]).to(device)
     times = torch.where(given, 0.0, times)
     eps = torch.randn(x0.shape, generator=generator).to(device)
-    said = model(mix(Flow(), x0, eps, times), times, coords, lengths, [captions[i] for i in order])
+    said = model(mix(Flow(), x0, eps, times), times, torch.cat(coords), lengths, [captions[i] for i in order])
     free, goal = ~given, eps - x0
     mse = F.mse_loss(said[free], goal[free])
     loss = mse if not direction else mse + direction * (

@@ -71,8 +71,12 @@ class TextBlock(nn.Module):
 
 
 class TextEncoder(nn.Module, Pretrained):
-    """Captions to features: one `[M, width]` for all words, end to end, and how many each caption has."""
+    """Captions to features: one `[M, width]` for all words, end to end, and how many each caption has.
+
+    Captions are filled with blanks (word 0) to a multiple of `FILL` words; the blanks are seen like words.
+    """
     rim = ("embed",)
+    FILL = 16
 
     def __init__(self, words: list[str], width: int = 96, depth: int = 2, heads: int = 3):
         super().__init__()
@@ -86,6 +90,7 @@ class TextEncoder(nn.Module, Pretrained):
 
     def forward(self, captions: list[str | None]) -> tuple[Tensor, list[int]]:
         numbers = [self.vocabulary.encode(caption) for caption in captions]
+        numbers = [n + [0] * (-len(n) % self.FILL) for n in numbers]
         lengths = [len(n) for n in numbers]
         device = self.embed.weight.device
         x = self.embed(torch.tensor([i for n in numbers for i in n], device=device))

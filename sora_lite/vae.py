@@ -6,6 +6,8 @@ __all__ = ['CHANNELS_LAST', 'Cache', 'BOTTLENECKS', 'CausalConv3d', 'Fold', 'Unf
 
 # %% ../notebooks/02_compression.ipynb #3735cbae
 """A causal video autoencoder: KL, VQ and FSQ bottlenecks, any length, whole or in pieces."""
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -179,7 +181,7 @@ class VideoVAE(nn.Module, Pretrained):
     """
     rim = ("enter.", "leave.")
 
-    def __init__(self, channels: int = 16, widths=(96, 192), encoder=(1, 1), decoder=(2, 2),
+    def __init__(self, channels: int = 24, widths=(96, 192), encoder=(1, 1), decoder=(2, 2),
                  folds=((2, 4, 4), (2, 2, 2)), bottleneck: str = "kl", options: dict | None = None):
         super().__init__()
         self.config = dict(channels=channels, widths=list(widths), encoder=list(encoder),
@@ -201,9 +203,14 @@ class VideoVAE(nn.Module, Pretrained):
         self.decode_fine = blocks(decoder[0], fine, False)
         self.last_norm = ChannelNorm(fine)
         self.leave = Unfold(fine, 3, folds[0])
+        self.ratio = tuple(a * b for a, b in zip(*folds))                    # (4, 8, 8)
+        self.shortcut_in = Fold(3, self.bottleneck.wants, self.ratio)
+        self.shortcut_out = Unfold(channels, 3, self.ratio)
+        for layer in (self.to_latent[1], self.leave.linear):                 # at first there is the shortcut alone
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
-        self.ratio = tuple(a * b for a, b in zip(*folds))                    # (4, 8, 8)
         self.to(memory_format=CHANNELS_LAST)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -217,6 +224,23 @@ class VideoVAE(nn.Module, Pretrained):
                              f"of {near[1]} x {near[2]}.")
         return self.config["channels"], 1 + (frames - 1) // rt, height // rh, width // rw
 
+    @torch.no_grad()
+    def start_from_pca(self, videos: Tensor) -> None:
+        """Set the shortcut to the principal components of the blocks of some videos `[B, 3, T, H, W]`: of all
+        linear codes the one with the least squared error. All components keep their relative sizes."""
+        kt, kh, kw = self.ratio
+        blocks = rearrange(torch.cat([videos[:, :, :1]] * (kt - 1) + [videos], 2),
+                           "b c (t i) (h j) (w k) -> (b t h w) (i j k c)", i=kt, j=kh, k=kw)
+        mean, z = blocks.mean(0), self.config["channels"]
+        variance, axes = torch.linalg.eigh((blocks - mean).T @ (blocks - mean) / len(blocks))   # ascending
+        scale, axes = variance[-z:].mean().sqrt(), axes[:, -z:].flip(1)
+        enter, leave = self.shortcut_in.linear, self.shortcut_out.linear
+        enter.weight.zero_()
+        enter.bias.fill_(-4.0)                                   # of a Gaussian's log-variances; the means follow
+        enter.weight[:z], enter.bias[:z] = axes.T / scale, -(mean @ axes) / scale
+        leave.weight.copy_(axes * scale)
+        leave.bias.copy_(mean)
+
     def _encode(self, video: Tensor, cache: Cache = None) -> Tensor:
         x = self.enter(video, cache)
         for block in self.encode_fine:
@@ -224,16 +248,16 @@ class VideoVAE(nn.Module, Pretrained):
         x = self.down(x, cache)
         for block in self.encode_coarse:
             x = block(x, cache)
-        return self.to_latent(x)
+        return self.to_latent(x) + self.shortcut_in(video, cache)
 
     def _decode(self, z: Tensor, cache: Cache = None) -> Tensor:
-        x = self.from_latent(z)
+        x, short = self.from_latent(z), self.shortcut_out(z, cache)
         for block in self.decode_coarse:
             x = block(x, cache)
         x = self.up(x, cache)
         for block in self.decode_fine:
             x = block(x, cache)
-        return self.leave(self.last_norm(x), cache)
+        return self.leave(self.last_norm(x), cache) + short
 
     def forward(self, video: Tensor, generator: torch.Generator | None = None):
         """Training pass: reconstruction, penalty of the bottleneck, figures to watch."""
@@ -266,28 +290,28 @@ class VideoVAE(nn.Module, Pretrained):
 
     @torch.no_grad()
     def measure_latents(self, videos: list[Tensor]) -> None:
-        """Set the mean and spread that `encode` divides out, from videos `[B, 3, T, H, W]`."""
+        """Set the mean of each channel and the one spread that `encode` divides out, from videos `[B, 3, T, H, W]`."""
         self.mean.zero_(), self.std.fill_(1)
         flat = torch.cat([self.encode(v).transpose(0, 1).flatten(1) for v in videos], 1)
         self.mean.copy_(flat.mean(1))
-        self.std.copy_(flat.std(1).clamp(min=1e-4))
+        self.std.fill_(flat.var(1).mean().sqrt().clamp(min=1e-4))
 
 
 def _channel(x: Tensor) -> Tensor:
     return x.view(1, -1, 1, 1, 1)
 
 
-def _pieces(x: Tensor, chunk: int | None, ratio: int) -> tuple[list[Tensor], Cache]:
+def _pieces(x: Tensor, chunk: int | None, ratio: int) -> tuple[Iterable[Tensor], Cache]:
     """Cut `[B, C, T, H, W]` into pieces of `chunk` latent frames; the first holds the lone first frame."""
-    x = x.contiguous(memory_format=CHANNELS_LAST)
+    ordered = lambda piece: piece.contiguous(memory_format=CHANNELS_LAST)   # one piece at a time, never the whole
     if chunk is None:
-        return [x], None
+        return [ordered(x)], None
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 latent frame, got {chunk}")
     first = 1 + (chunk - 1) * ratio
     cuts = [first] + [chunk * ratio] * max(0, -(-(x.shape[2] - first) // (chunk * ratio)))
     sizes = [min(size, x.shape[2] - sum(cuts[:i])) for i, size in enumerate(cuts)]
-    return list(x.split(sizes, 2)), {}
+    return map(ordered, x.split(sizes, 2)), {}
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
