@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from sora_lite import lab
+from sora_lite import _tiles_are_hidden, lab
 
 
 @pytest.fixture(autouse=True)
@@ -83,3 +83,11 @@ def test_colours_are_legible_on_white():
     assert contrast(lab.COLORS["ink"]) > 7
     assert all(contrast(c) >= 2.7 for c in lab.SERIES)
     assert len(set(lab.SERIES)) == 6
+
+
+@pytest.mark.parametrize("level, flags, hidden", [(28, "avx512f amx_bf16 amx_tile", True), (32, "avx512f amx_bf16 amx_tile", False),
+                                                  (22, "avx2 avx512f", False)])
+def test_a_machine_that_hides_its_tiles_is_known_by_its_cpuid_level(level, flags, hidden):
+    processor = f"processor\t: 0\ncpuid level\t: {level}\nflags\t\t: fpu {flags} sse\n"
+    assert _tiles_are_hidden(processor + "\n" + processor) is hidden
+    assert not _tiles_are_hidden("Processor: something else\n")
