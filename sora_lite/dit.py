@@ -202,13 +202,13 @@ class DiT(nn.Module, Pretrained):
         level = condition, which = self.condition(t, lengths, words)
         if self.stem:
             runs = self.runs(coords, lengths)
-            cells = self.see(tokens, level, runs)
-            tokens = torch.cat([self.cut(c) for c in cells])
+            cells = self.encode_cells(tokens, level, runs)
+            tokens = torch.cat([self.to_tokens(c) for c in cells])
         x = self.enter(tokens) + self.place(place_features(coords, lengths))
         x = self.run(x, (self.adaLN(condition), which), lengths, rope(coords, self.head_dim), words)
         shift, scale = (which @ part for part in self.leave_adaLN(condition).chunk(2, -1))
         said = self.leave(modulate(x, shift, 1 + scale))
-        return (self.render(said, cells, level, runs) if self.stem else said).float()
+        return (self.decode_cells(said, cells, level, runs) if self.stem else said).float()
 
     def runs(self, coords: Tensor, lengths: list[int]) -> list[tuple[int, tuple[int, int, int]]]:
         """Neighbouring clips of one size: (how many, their grid of tokens). ValueError if a clip lacks tokens."""
@@ -220,33 +220,33 @@ class DiT(nn.Module, Pretrained):
                                  f"with conv_depth=0 to train on a part of them")
         return [(len(list(same)), grid) for grid, same in itertools.groupby(grids)]
 
-    def cut(self, cells: Tensor) -> Tensor:
+    def to_tokens(self, cells: Tensor) -> Tensor:
         """Cells `[B, t, h, w, C]` as tokens `[N, cells in a token * C]`."""
         i, j, k = self.patch
         return rearrange(cells, "b (t i) (h j) (w k) c -> (b t h w) (i j k c)", i=i, j=j, k=k)
 
-    def join(self, tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """The inverse of `cut`."""
+    def to_cells(self, tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """The inverse of `to_tokens`."""
         (t, h, w), (i, j, k) = grid, self.patch
         return rearrange(tokens, "(b t h w) (i j k c) -> b (t i) (h j) (w k) c", t=t, h=h, w=w, i=i, j=j, k=k)
 
-    def split(self, x: Tensor, runs) -> tuple[Tensor, ...]:
+    def by_run(self, x: Tensor, runs) -> tuple[Tensor, ...]:
         return x.split([n * math.prod(grid) for n, grid in runs])
 
-    def see(self, tokens: Tensor, level: tuple[Tensor, Tensor], runs) -> list[Tensor]:
+    def encode_cells(self, tokens: Tensor, level: tuple[Tensor, Tensor], runs) -> list[Tensor]:
         """Convolutions before the transformer: cells `[B, t, h, w, conv_width]`, one tensor for each run."""
-        cells = [self.cell_in(self.join(part, grid)) for part, (_, grid) in zip(self.split(tokens, runs), runs)]
+        cells = [self.cell_in(self.to_cells(part, grid)) for part, (_, grid) in zip(self.by_run(tokens, runs), runs)]
         for block in self.stem:
-            cells = [block(c, level[0], which, self.patch) for c, which in zip(cells, self.split(level[1], runs))]
+            cells = [block(c, level[0], which, self.patch) for c, which in zip(cells, self.by_run(level[1], runs))]
         return cells
 
-    def render(self, said: Tensor, cells: list[Tensor], level: tuple[Tensor, Tensor], runs) -> Tensor:
+    def decode_cells(self, said: Tensor, cells: list[Tensor], level: tuple[Tensor, Tensor], runs) -> Tensor:
         """Convolutions after it: what the transformer said is added to the cells, which are then worked out."""
-        cells = [c + self.join(part, grid) for c, part, (_, grid) in zip(cells, self.split(said, runs), runs)]
+        cells = [c + self.to_cells(part, grid) for c, part, (_, grid) in zip(cells, self.by_run(said, runs), runs)]
         for block in self.head:
-            cells = [block(c, level[0], which, self.patch) for c, which in zip(cells, self.split(level[1], runs))]
+            cells = [block(c, level[0], which, self.patch) for c, which in zip(cells, self.by_run(level[1], runs))]
         norm = lambda c: F.silu(F.layer_norm(c, c.shape[-1:]))
-        return torch.cat([self.cut(self.cell_out(norm(c))) for c in cells])
+        return torch.cat([self.to_tokens(self.cell_out(norm(c))) for c in cells])
 
 # %% ../notebooks/05_dit.ipynb #dd2fd8f3
 class CrossBlock(DiTBlock):

@@ -70,7 +70,7 @@ def test_gradients_reach_every_weight(generator):
 def test_convolutions_cut_and_join_whole_clips_only(generator):
     dit = denoiser().dit
     tokens = torch.randn(3 * 2 * 3 * 5, 16, generator=generator)
-    assert torch.equal(dit.cut(dit.join(tokens, (2, 3, 5))), tokens)
+    assert torch.equal(dit.to_tokens(dit.to_cells(tokens, (2, 3, 5))), tokens)
     packed, t = inputs([(2, 4, 4)], generator)
     words = torch.zeros(1, 32), [1]
     with pytest.raises(ValueError, match="conv_depth=0"):
