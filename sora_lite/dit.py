@@ -11,10 +11,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from .patches import apply_rope, attention, rope
+from .patches import apply_rope, attention, patchify, rope, unpatchify
 from .train import Pretrained
 
 Words = tuple[Tensor, list[int]]  # features [M, width] of all words, end to end; words per clip
@@ -222,15 +221,15 @@ class DiT(nn.Module, Pretrained):
 
     def to_tokens(self, cells: Tensor) -> Tensor:
         """Cells `[B, t, h, w, C]` as tokens `[N, cells in a token * C]`."""
-        i, j, k = self.patch
-        return rearrange(cells, "b (t i) (h j) (w k) c -> (b t h w) (i j k c)", i=i, j=j, k=k)
+        return patchify(cells.permute(0, 4, 1, 2, 3), self.patch)[0].flatten(0, 1)
 
     def to_cells(self, tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """The inverse of `to_tokens`."""
-        (t, h, w), (i, j, k) = grid, self.patch
-        return rearrange(tokens, "(b t h w) (i j k c) -> b (t i) (h j) (w k) c", t=t, h=h, w=w, i=i, j=j, k=k)
+        latents = unpatchify(tokens.unflatten(0, (-1, math.prod(grid))), grid, self.patch)
+        return latents.permute(0, 2, 3, 4, 1).contiguous()
 
     def by_run(self, x: Tensor, runs) -> tuple[Tensor, ...]:
+        """What belongs to the tokens of each run."""
         return x.split([n * math.prod(grid) for n, grid in runs])
 
     def encode_cells(self, tokens: Tensor, level: tuple[Tensor, Tensor], runs) -> list[Tensor]:
