@@ -105,12 +105,12 @@ def paths(motion: Tensor, radius: Tensor, time: Tensor, room: tuple[float, float
     start = torch.rand(*n, 1, 2, generator=generator)
     s = time.expand(*n, -1)[..., None]                                                  # [..., T, 1]
     still = start * free
-    reach = _uniform(generator, 0.5, 0.75, *n, 1, 1) * near
+    reach = _uniform(generator, 0.75, 1.0, *n, 1, 1) * near
     straight = start * (free - reach)
     # to a wall and back: the distance from the wall is a V in time
     far = torch.rand(*n, 1, 1, generator=generator) < 0.5
     meets = _uniform(generator, 0.35, 0.65, *n, 1, 1)
-    away = _uniform(generator, 0.9, 1.2, *n, 1, 1) * near * (s - meets).abs()
+    away = _uniform(generator, 1.1, 1.5, *n, 1, 1) * near * (s - meets).abs()
     bounce = torch.where(far, free - away, away)
     circle = _uniform(generator, 0.5, 0.7, *n, 1, 1) * near.amin(-1, keepdim=True) / 2
     turn = 2 * math.pi * (_uniform(generator, 0, 1, *n, 1, 1)

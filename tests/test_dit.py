@@ -4,14 +4,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sora_lite.dit import MDT, ConvBlock, CrossDiT, DiffiT, DiT, InContextDiT, UViT
+from sora_lite.dit import MDT, ConvBlock, JointDiT, DiffiT, DiT, InContextDiT, UViT
 from sora_lite.patches import coordinates, pack
 from sora_lite.pipeline import Denoiser, SoraLite, draw_mask, flow_loss
 from sora_lite.shapes import LEVELS, Shapes, caption, vocabulary
 from sora_lite.text import TextEncoder, Vocabulary
 from sora_lite.vae import VideoVAE
 
-KINDS = [DiT, CrossDiT, InContextDiT, UViT, MDT, DiffiT]
+KINDS = [DiT, JointDiT, InContextDiT, UViT, MDT, DiffiT]
 
 
 def denoiser(kind=DiT, conv_depth=1, **options):
