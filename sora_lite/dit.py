@@ -77,14 +77,15 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, heads: int, words_width: int):
         super().__init__()
         self.heads = heads
-        self.q, self.k, self.v, self.out = (nn.Linear(n, width) for n in (width, words_width, words_width, width))
+        self.q, self.out = nn.Linear(width, width), nn.Linear(width, width)
+        self.k, self.v = nn.Linear(words_width, width), nn.Linear(words_width, width)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x: Tensor, lengths: list[int], words: Words) -> Tensor:
         split = lambda y: y.view(len(y), self.heads, -1)
-        y = attention(split(self.q(F.layer_norm(x, x.shape[-1:]))), split(self.k(words[0])), split(self.v(words[0])),
-                      lengths, words[1])
+        q = split(self.q(F.layer_norm(x, x.shape[-1:])))
+        y = attention(q, split(self.k(words[0])), split(self.v(words[0])), lengths, words[1])
         return self.out(y.flatten(1))
 
 
@@ -123,10 +124,10 @@ class DiTBlock(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """adaLN-Zero's residual block with convolutions, over cells `[B, t, h, w, C]`: x + gate time(silu(space(modulate(x)))).
+    """adaLN-Zero's residual block with convolutions: x + gate time(silu(space(modulate(x)))).
 
-    One convolution over space and one over time, a (2+1)-D convolution (Tran 2018): 12 weights a channel pair, where
-    3 x 3 x 3 has 27. A token's modulation holds for all of its cells.
+    x are cells `[B, t, h, w, C]`. One convolution over space and one over time, a (2+1)-D convolution (Tran 2018):
+    12 weights a channel pair, where 3 x 3 x 3 has 27. A token's modulation holds for all of its cells.
     """
 
     def __init__(self, channels: int, width: int):
@@ -140,7 +141,8 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor, which: Tensor, patch: tuple[int, int, int]) -> Tensor:
         b, (t, h, w) = len(x), (n // p for n, p in zip(x.shape[1:4], patch))
-        shift, scale, gate = ((which @ part).view(b, t, 1, h, 1, w, 1, -1) for part in self.adaLN(condition).chunk(3, -1))
+        shift, scale, gate = ((which @ part).view(b, t, 1, h, 1, w, 1, -1)
+                              for part in self.adaLN(condition).chunk(3, -1))
         cut = lambda y: y.view(b, t, patch[0], h, patch[1], w, patch[2], -1)
         y = modulate(cut(x), shift, scale).view(x.shape).permute(0, 4, 1, 2, 3)     # channels last, as it lies
         y = self.time(F.silu(self.space(y))).permute(0, 2, 3, 4, 1)
@@ -152,8 +154,8 @@ class DiT(nn.Module, Pretrained):
 
     channels: numbers in a token (Z times the patch's volume); words_width: width of the text features.
     conditioning: "words" (every block attends to them, and their mean enters adaLN) or "pooled" (their mean
-    enters adaLN only). conv_depth: how many `ConvBlock`s of conv_width channels look at the latent's cells before they
-    are cut into tokens, and again after; 0 is the plain DiT, whose patches enter and leave through one matrix each.
+    enters adaLN only). conv_depth: how many `ConvBlock`s of conv_width channels look at the latent's cells before
+    they are cut into tokens, and again after; 0 is the plain DiT, whose patches enter and leave through one matrix.
     Further variants are subclasses.
     """
     rim = ("enter", "place", "leave", "level", "cell_in", "cell_out")
@@ -181,9 +183,11 @@ class DiT(nn.Module, Pretrained):
         self.leave_adaLN = nn.Linear(width, 2 * width)
         self.leave = nn.Linear(width, wide)
         zero = [self.adaLN, self.leave_adaLN, self.leave]
-        self.stem, self.head = (nn.ModuleList(ConvBlock(conv_width, width) for _ in range(conv_depth)) for _ in range(2))
+        self.stem = nn.ModuleList(ConvBlock(conv_width, width) for _ in range(conv_depth))
+        self.head = nn.ModuleList(ConvBlock(conv_width, width) for _ in range(conv_depth))
         if conv_depth:
-            self.cell_in, self.cell_out = nn.Linear(channels // cells, conv_width), nn.Linear(conv_width, channels // cells)
+            self.cell_in = nn.Linear(channels // cells, conv_width)
+            self.cell_out = nn.Linear(conv_width, channels // cells)
             zero.append(self.cell_out)
         for layer in zero:
             nn.init.zeros_(layer.weight)
@@ -238,8 +242,8 @@ class DiT(nn.Module, Pretrained):
         grids = [tuple(last) for last in (coords[ends] + 1).tolist()]
         for i, (grid, n) in enumerate(zip(grids, lengths)):
             if math.prod(grid) != n:
-                raise ValueError(f"clip {i} has {n} tokens of a grid of {grid}: convolutions need them all; build the DiT "
-                                 f"with conv_depth=0 to train on a part of them")
+                raise ValueError(f"clip {i} has {n} tokens of a grid of {grid}: convolutions need them all; build "
+                                 f"the DiT with conv_depth=0 to train on a part of them")
         return [(len(list(same)), grid) for grid, same in itertools.groupby(grids)]
 
     def to_tokens(self, cells: Tensor) -> Tensor:
@@ -257,16 +261,20 @@ class DiT(nn.Module, Pretrained):
 
     def encode_cells(self, tokens: Tensor, level: tuple[Tensor, Tensor], runs) -> list[Tensor]:
         """Convolutions before the transformer: cells `[B, t, h, w, conv_width]`, one tensor for each run."""
-        cells = [self.cell_in(self.to_cells(part, grid)) for part, (_, grid) in zip(self.by_run(tokens, runs), runs)]
+        cells = [self.cell_in(self.to_cells(part, grid))
+                 for part, (_, grid) in zip(self.by_run(tokens, runs), runs)]
         for block in self.stem:
-            cells = [block(c, level[0], which, self.patch) for c, which in zip(cells, self.by_run(level[1], runs))]
+            cells = [block(c, level[0], which, self.patch)
+                     for c, which in zip(cells, self.by_run(level[1], runs))]
         return cells
 
     def decode_cells(self, said: Tensor, cells: list[Tensor], level: tuple[Tensor, Tensor], runs) -> Tensor:
         """Convolutions after it: what the transformer said is added to the cells, which are then worked out."""
-        cells = [c + self.to_cells(part, grid) for c, part, (_, grid) in zip(cells, self.by_run(said, runs), runs)]
+        cells = [c + self.to_cells(part, grid)
+                 for c, part, (_, grid) in zip(cells, self.by_run(said, runs), runs)]
         for block in self.head:
-            cells = [block(c, level[0], which, self.patch) for c, which in zip(cells, self.by_run(level[1], runs))]
+            cells = [block(c, level[0], which, self.patch)
+                     for c, which in zip(cells, self.by_run(level[1], runs))]
         norm = lambda c: F.silu(F.layer_norm(c, c.shape[-1:]))
         return torch.cat([self.to_tokens(self.cell_out(norm(c))) for c in cells])
 
