@@ -121,7 +121,7 @@ def read_motion(center: Tensor, short: int) -> str:
     extent = p.amax(0) - p.amin(0)
     if extent.max() < 0.08:
         return "still"
-    if extent.min() > 0.12 and extent.min() > 0.4 * extent.max():
+    if extent.min() > 0.1 and extent.min() > 0.4 * extent.max():
         a, b = p[:-1] - p.mean(0), p[1:] - p.mean(0)
         return "orbit-cw" if (a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]).sum() > 0 else "orbit-ccw"
     axis = int(extent.argmax())

@@ -101,18 +101,20 @@ def paths(motion: Tensor, radius: Tensor, time: Tensor, room: tuple[float, float
     n, names = motion.shape, list(MOTIONS)
     is_ = {name: (motion == i)[..., None] for i, name in enumerate(names)}
     free = torch.stack([room[0] - 2 * radius, room[1] - 2 * radius], -1)[..., None, :]  # [..., 1, 2]
+    near = free.clamp(max=0.5)
     start = torch.rand(*n, 1, 2, generator=generator)
-    reach = _uniform(generator, 0.7, 1.0, *n, 1, 1) * free.clamp(max=0.5)
     s = time.expand(*n, -1)[..., None]                                                  # [..., T, 1]
     still = start * free
+    reach = _uniform(generator, 0.75, 1.0, *n, 1, 1) * near
     straight = start * (free - reach)
-    # a triangle wave: the figure runs on in a mirrored room, and the mirror folds it back
-    sign = (torch.rand(*n, 1, 1, generator=generator) < 0.5).float() * 2 - 1
-    length = _uniform(generator, 1.4, 1.8, *n, 1, 1)
-    bounce = free * (1 - ((start + sign * length * s).remainder(2) - 1).abs())
-    circle = _uniform(generator, 0.7, 1.0, *n, 1, 1) * (free.amin(-1, keepdim=True) / 2).clamp(max=0.25)
+    # to a wall and back: the distance from the wall is a V in time
+    far = torch.rand(*n, 1, 1, generator=generator) < 0.5
+    meets = _uniform(generator, 0.35, 0.65, *n, 1, 1)
+    away = _uniform(generator, 1.1, 1.5, *n, 1, 1) * near * (s - meets).abs()
+    bounce = torch.where(far, free - away, away)
+    circle = _uniform(generator, 0.5, 0.7, *n, 1, 1) * near.amin(-1, keepdim=True) / 2
     turn = 2 * math.pi * (_uniform(generator, 0, 1, *n, 1, 1)
-                          + _uniform(generator, 0.75, 1.1, *n, 1, 1) * s
+                          + _uniform(generator, 0.6, 0.8, *n, 1, 1) * s
                           * torch.where(is_["orbit-cw"][..., None], 1.0, -1.0))
     orbit = circle + start * (free - 2 * circle) + circle * torch.cat([turn.cos(), turn.sin()], -1)
     x, y = still.expand(*n, len(time), 2).unbind(-1)

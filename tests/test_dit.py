@@ -4,20 +4,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sora_lite.dit import MDT, CrossDiT, DiffiT, DiT, InContextDiT, UViT
+from sora_lite.dit import MDT, ConvBlock, JointDiT, DiffiT, DiT, InContextDiT, UViT
 from sora_lite.patches import coordinates, pack
 from sora_lite.pipeline import Denoiser, SoraLite, draw_mask, flow_loss
 from sora_lite.shapes import LEVELS, Shapes, caption, vocabulary
 from sora_lite.text import TextEncoder, Vocabulary
 from sora_lite.vae import VideoVAE
 
-KINDS = [DiT, CrossDiT, InContextDiT, UViT, MDT, DiffiT]
+KINDS = [DiT, JointDiT, InContextDiT, UViT, MDT, DiffiT]
 
 
-def denoiser(kind=DiT, **options):
+def denoiser(kind=DiT, conv_depth=1, **options):
     torch.manual_seed(0)
     text = TextEncoder(vocabulary(), width=32, depth=1, heads=2)
-    model = Denoiser(text, kind(channels=16, width=32, depth=4, heads=2, words_width=32, **options)).eval()
+    model = Denoiser(text, kind(channels=16, width=32, depth=4, heads=2, words_width=32, conv_depth=conv_depth,
+                                conv_width=16, **options)).eval()
     for name, p in model.named_parameters():       # gates and heads start at zero: make every path count
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=p.shape[1] ** -0.5)
@@ -32,10 +33,11 @@ def inputs(sizes, generator):
 CAPTIONS = ["a red circle", "a small blue star moves left on a black background", None]
 
 
+@pytest.mark.parametrize("conv_depth", [0, 2])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_packed_equals_alone(kind, generator):
-    model, sizes = denoiser(kind), [(2, 4, 4), (1, 2, 6), (2, 4, 4)]
+def test_packed_equals_alone(kind, conv_depth, generator):
+    model, sizes = denoiser(kind, conv_depth), [(2, 4, 4), (1, 2, 6), (2, 4, 4)]
     packed, t = inputs(sizes, generator)
     together = model(packed.tokens, t, packed.coords, packed.lengths, CAPTIONS)
     alone = [model(x, s, c, [len(x)], [text]) for x, s, c, text in zip(
@@ -62,6 +64,27 @@ def test_gradients_reach_every_weight(generator):
         loss, _ = flow_loss(model, ([torch.randn(4, 2, 4, 4)] * 3, CAPTIONS[:2] * 2), generator)
         loss.backward()
         assert not [n for n, p in model.named_parameters() if p.grad is None]
+
+
+@torch.no_grad()
+def test_convolutions_cut_and_join_whole_clips_only(generator):
+    dit = denoiser().dit
+    tokens = torch.randn(3 * 2 * 3 * 5, 16, generator=generator)
+    assert torch.equal(dit.to_tokens(dit.to_cells(tokens, (2, 3, 5))), tokens)
+    packed, t = inputs([(2, 4, 4)], generator)
+    words = torch.zeros(1, 32), [1]
+    with pytest.raises(ValueError, match="conv_depth=0"):
+        dit(packed.tokens[:7], t[:7], packed.coords[:7], [7], words)
+    plain = denoiser(conv_depth=0).dit
+    assert plain(packed.tokens[:7], t[:7], packed.coords[:7], [7], words).shape == (7, 16)
+
+
+@torch.no_grad()
+def test_fresh_convolutions_treat_frames_alike():
+    block, which = ConvBlock(8, 32), torch.ones(5 * 4, 1)
+    x, condition = torch.randn(1, 5, 4, 4, 8), torch.randn(1, 32)
+    frames = torch.cat([block(f, condition, which[:4], (1, 2, 2)) for f in x.split(1, 1)], 1)
+    assert (block(x, condition, which, (1, 2, 2)) - frames).abs().max() < 1e-5
 
 
 @settings(max_examples=60, deadline=None)
