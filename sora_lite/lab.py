@@ -2,10 +2,12 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'COLORS', 'SERIES', 'require', 'style', 'start', 'root', 'run_dir', 'weights', 'ledger', 'parameters',
-           'image', 'strip', 'show_strips']
+           'cached', 'image', 'strip', 'show_strips']
 
 # %% ../notebooks/A_lab.ipynb #553d180b
 """The lab bench: style, run folders, checked parameters, weights, and the ledger of costs."""
+import hashlib
+import inspect
 import json
 import os
 import random
@@ -13,6 +15,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +113,29 @@ def ledger(chapter: str, what: str, *, seconds: float, **figures) -> dict:
 def parameters(*modules: torch.nn.Module) -> int:
     """Number of trainable numbers in some modules."""
     return sum(p.numel() for m in modules for p in m.parameters() if p.requires_grad)
+
+# %% ../notebooks/A_lab.ipynb #49bfe95d
+def cached(name: str, make: Callable[[], object], *code: Callable, **key):
+    """What `make()` returned when it was last asked for with this `key`; if it never was, make it and write it down.
+
+    name: chapter and experiment, such as "06-sweep"; the file is runs/<profile>/cache/<name>-<hash>.json, so what is
+    made must be numbers, strings, lists and dicts. code: functions whose source belongs to the key; the loaded
+    modules of `sora_lite` do so always. Change one of them, and the experiment is made again.
+    """
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode())
+    for function in code:
+        digest.update(inspect.getsource(function).encode())
+    for _, module in sorted(sys.modules.items()):
+        if module.__name__.startswith("sora_lite."):
+            digest.update(Path(module.__file__).read_bytes())
+    path = run_dir() / "cache" / f"{name}-{digest.hexdigest()[:12]}.json"
+    if not path.is_file():
+        text = json.dumps(make())
+        path.parent.mkdir(exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_text(text)
+        part.replace(path)
+    return json.loads(path.read_text())
 
 # %% ../notebooks/A_lab.ipynb #b329566e
 def image(frame: Tensor) -> np.ndarray:

@@ -91,3 +91,22 @@ def test_a_machine_that_hides_its_tiles_is_known_by_its_cpuid_level(level, flags
     processor = f"processor\t: 0\ncpuid level\t: {level}\nflags\t\t: fpu {flags} sse\n"
     assert _tiles_are_hidden(processor + "\n" + processor) is hidden
     assert not _tiles_are_hidden("Processor: something else\n")
+
+
+def test_an_experiment_is_made_once_per_setting_and_source():
+    lab.start("smoke", 0)
+    made = []
+
+    def make():
+        made.append(1)
+        return {"loss": [1.5, 2.0]}
+
+    def other():
+        return 1
+
+    for _ in range(2):
+        assert lab.cached("06-test", make, steps=3) == {"loss": [1.5, 2.0]}
+    assert len(made) == 1
+    lab.cached("06-test", make, steps=4), lab.cached("06-test", make, other, steps=3)
+    assert len(made) == 3
+    assert not [p for p in (lab.run_dir() / "cache").iterdir() if p.suffix != ".json"]

@@ -140,3 +140,21 @@ def test_weights_travel_and_broken_ones_are_named(tmp_path):
         Kept.from_pretrained(tmp_path / "m")
     with pytest.raises(FileNotFoundError, match="config.json"):
         Kept.from_pretrained(tmp_path / "nothing")
+
+
+def train_a_line(steps, **options):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4)
+    seen = {}
+    if options:
+        options["watch"] = lambda step: seen.update({step: (model.weight.detach().clone(), model.training)})
+    fit(model, lambda step, g: torch.randn(8, 4, generator=g), lambda m, x, g: (m(x) - x).square().mean(),
+        steps=steps, decay=0, bf16=False, **options)
+    return model.weight.detach(), seen
+
+
+def test_watching_shows_what_a_shorter_training_makes_and_changes_nothing():
+    short, long = train_a_line(5)[0], train_a_line(30)[0]
+    watched, seen = train_a_line(30, watch_at=(5, 30))
+    assert sorted(seen) == [5, 30] and not any(training for _, training in seen.values())
+    assert torch.equal(seen[5][0], short) and torch.equal(seen[30][0], long) and torch.equal(watched, long)
