@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'COLORS', 'SERIES', 'require', 'style', 'start', 'root', 'run_dir', 'weights', 'ledger', 'parameters',
-           'cached', 'image', 'strip', 'show_strips']
+           'cache_path', 'cached', 'image', 'strip', 'show_strips']
 
 # %% ../notebooks/A_lab.ipynb #553d180b
 """The lab bench: style, run folders, checked parameters, weights, and the ledger of costs."""
@@ -115,12 +115,10 @@ def parameters(*modules: torch.nn.Module) -> int:
     return sum(p.numel() for m in modules for p in m.parameters() if p.requires_grad)
 
 # %% ../notebooks/A_lab.ipynb #49bfe95d
-def cached(name: str, make: Callable[[], object], *code: Callable, **key):
-    """What `make()` returned when it was last asked for with this `key`; if it never was, make it and write it down.
+def cache_path(name: str, *code: Callable, **key) -> Path:
+    """Where what `code` makes with the settings `key` is kept: runs/<profile>/cache/<name>-<hash>.
 
-    name: chapter and experiment, such as "06-sweep"; the file is runs/<profile>/cache/<name>-<hash>.json, so what is
-    made must be numbers, strings, lists and dicts. code: functions whose source belongs to the key; the loaded
-    modules of `sora_lite` do so always. Change one of them, and the experiment is made again.
+    The hash is of the settings, of the source of the functions named, and of the loaded modules of `sora_lite`.
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode())
     for function in code:
@@ -128,10 +126,19 @@ def cached(name: str, make: Callable[[], object], *code: Callable, **key):
     for _, module in sorted(sys.modules.items()):
         if module.__name__.startswith("sora_lite."):
             digest.update(Path(module.__file__).read_bytes())
-    path = run_dir() / "cache" / f"{name}-{digest.hexdigest()[:12]}.json"
+    (run_dir() / "cache").mkdir(exist_ok=True)
+    return run_dir() / "cache" / f"{name}-{digest.hexdigest()[:12]}"
+
+
+def cached(name: str, make: Callable[[], object], *code: Callable, **key):
+    """What `make()` returned when it was last asked for with this `key`; if it never was, make it and write it down.
+
+    name: chapter and experiment, such as "06-sweep". What is made must be numbers, strings, lists and dicts: it is kept as
+    JSON at `cache_path(name, *code, **key)`. Change a setting or the code, and the experiment is made again.
+    """
+    path = cache_path(name, *code, **key).with_suffix(".json")
     if not path.is_file():
         text = json.dumps(make())
-        path.parent.mkdir(exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}")
         part.write_text(text)
         part.replace(path)
