@@ -113,7 +113,7 @@ def paths(motion: Tensor, radius: Tensor, time: Tensor, room: tuple[float, float
     away = _uniform(generator, 1.1, 1.5, *n, 1, 1) * near * (s - meets).abs()
     bounce = torch.where(far, free - away, away)
     circle = _uniform(generator, 0.5, 0.7, *n, 1, 1) * near.amin(-1, keepdim=True) / 2
-    turn = 2 * math.pi * (_uniform(generator, 0, 1, *n, 1, 1)
+    turn = 2 * math.pi * (_uniform(generator, -1 / 3, -1 / 6, *n, 1, 1)         # the top is at -1/4
                           + _uniform(generator, 0.6, 0.8, *n, 1, 1) * s
                           * torch.where(is_["orbit-cw"][..., None], 1.0, -1.0))
     orbit = circle + start * (free - 2 * circle) + circle * torch.cat([turn.cos(), turn.sin()], -1)
