@@ -176,9 +176,10 @@ CAPTIONS = ["a red circle", None, "a small blue star moves left on a black backg
 
 def test_padded_equals_packed_in_results_and_gradients(generator):
     packed = pack([torch.randn(4, *size, generator=generator) for size in SIZES_MIXED])
-    t, out = torch.rand(len(packed.tokens), generator=generator), []
+    t, out, weights = torch.rand(len(packed.tokens), generator=generator), [], denoiser().state_dict()
     for kind in (DiT, PaddedDiT):
         model = denoiser(kind).train()
+        model.load_state_dict(weights)
         said = model(packed.tokens, t, packed.coords, packed.lengths, CAPTIONS)
         said.square().mean().backward()
         with torch.no_grad():
