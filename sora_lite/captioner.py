@@ -25,12 +25,11 @@ class FrameEncoder(nn.Module):
         super().__init__()
         self.enter = nn.Conv2d(3, width // 2, 4, stride=4)
         self.down = nn.Conv2d(width // 2, width, 3, stride=2, padding=1)
-        self.blocks = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.block = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, frames: Tensor) -> Tensor:
         x = self.down(F.gelu(self.enter(frames)))
-        for block in self.blocks:
-            x = x + block(F.gelu(F.group_norm(x, 1)))
+        x = x + self.block(F.gelu(F.group_norm(x, 1)))
         return x.flatten(2).mT
 
 # %% ../notebooks/08_language.ipynb #c054ee0d
@@ -56,18 +55,18 @@ class Look(nn.Module):
 
 
 class WordBlock(nn.Module):
-    """Pre-norm block over words `[B, L, width]`, none of which sees a later one; with memory they also look at
-    `[B, m, width]`."""
+    """Pre-norm block over words `[B, L, width]`; causal: none sees a later one; memory: they also look at `[B, m, width]`."""
 
-    def __init__(self, width: int, heads: int, memory: bool = False):
+    def __init__(self, width: int, heads: int, memory: bool = False, causal: bool = True):
         super().__init__()
+        self.causal = causal
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2 + memory))
         self.words, self.memory = Look(width, heads), Look(width, heads) if memory else None
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
         y = self.norms[0](x)
-        x = x + self.words(y, y, causal=True)
+        x = x + self.words(y, y, self.causal)
         if self.memory is not None:
             x = x + self.memory(self.norms[2](x), memory)
         return x + self.down(F.gelu(self.up(self.norms[1](x))))
@@ -91,6 +90,7 @@ class Captioner(nn.Module, Pretrained):
         self.queries = nn.Parameter(torch.randn(queries, width))
         self.whole = nn.Parameter(torch.randn(1, width))
         self.generative, self.contrastive = Look(width, heads), Look(width, heads)
+        self.compare = WordBlock(width, heads, causal=False)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(4))
         self.embed = nn.Embedding(len(self.vocabulary), width)
         self.places = nn.Parameter(0.02 * torch.randn(longest, width))
@@ -110,7 +110,7 @@ class Captioner(nn.Module, Pretrained):
         coords = coordinates(grid, video.device)
         tokens = tokens.reshape(b, len(coords), -1) + self.place(place_features(coords, [len(coords)]))
         tokens = self.norms[0](tokens)
-        pooled = self.norms[1](self.generative(self.queries.expand(b, -1, -1), tokens))
+        pooled = self.norms[1](self.compare(self.generative(self.queries.expand(b, -1, -1), tokens)))
         return pooled, F.normalize(self.contrastive(self.whole.expand(b, -1, -1), pooled)[:, 0].float(), dim=-1)
 
     def read(self, numbers: Tensor) -> Tensor:
