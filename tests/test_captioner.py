@@ -29,8 +29,8 @@ def test_videos_of_any_size_are_seen_and_captioned(size):
 def test_frames_are_encoded_one_by_one_and_their_order_is_told(generator):
     model, video = captioner(), torch.randn(1, 3, 5, 16, 16, generator=generator)
     frames = video.transpose(1, 2).flatten(0, 1)
-    together = model.frames(frames)
-    assert (together - torch.cat([model.frames(f[None]) for f in frames])).abs().max() < 1e-5
+    together = model.see.encode(frames)
+    assert (together - torch.cat([model.see.encode(f[None]) for f in frames])).abs().max() < 1e-5
     assert (model.see(video)[0] - model.see(video.flip(2))[0]).abs().max() > 1e-3
 
 
@@ -55,10 +55,10 @@ def test_no_word_sees_a_later_one(generator):
 def test_what_fills_a_batch_up_does_not_count(generator):
     model, video = captioner(), torch.randn(3, 3, 1, 16, 16, generator=generator)
     numbers, counts = model.pad(CAPTIONS)
-    together = model.texts(numbers, counts, model.read(torch.nn.functional.pad(numbers, (1, 0))))
+    together = model.words.whole(model.words.read(numbers), counts)
     for i, text in enumerate(CAPTIONS):
         assert (model.vectors(video[i:i + 1], [text])[1] - together[i]).abs().max() < 1e-5
-    each = [coca_loss(model, (video[i:i + 1], [t]), generator, contrastive=0)[1]["captioning"] for i, t in enumerate(CAPTIONS)]
+    each = [coca_loss(model, (video[i:i + 1], [t]), generator)[1]["captioning"] for i, t in enumerate(CAPTIONS)]
     words = torch.tensor([len(Vocabulary(vocabulary()).encode(t)) + 1.0 for t in CAPTIONS])     # and the end
     mean = coca_loss(model, (video, CAPTIONS), generator)[1]["captioning"]
     assert float(mean) == pytest.approx(float((torch.stack(each) * words).sum() / words.sum()), rel=1e-4)
