@@ -31,7 +31,7 @@ HUES = dict(color="orange", shape="blue", size="green", motion="pink", place="go
 
 def colored(prompt: str) -> str:
     """A prompt as HTML, in which each phrase has the colour (`HUES`) of what it controls."""
-    phrases = {(MOTIONS[name] if kind == "motion" else name): kind for kind, names in NAMES.items() for name in names}
+    phrases = {MOTIONS.get(name, name): kind for kind, names in NAMES.items() for name in names}
     pattern = "|".join(rf"\b{re.escape(p)}\b" for p in sorted(phrases, key=len, reverse=True))
     paint = lambda m: (f'<span style="color:{lab.COLORS[HUES[phrases[m[0]]]]};font-weight:600" '
                        f'title="{phrases[m[0]]}">{m[0]}</span>')
@@ -39,48 +39,60 @@ def colored(prompt: str) -> str:
 
 
 def reworded(scene: dict, kind: str, value: str) -> dict:
-    """The same scene of one figure with one attribute changed; ValueError for a value or kind that is not known."""
+    """The scene with one attribute (of its first figure) changed; ValueError for an unknown kind or value."""
     if kind not in NAMES or value not in NAMES[kind]:
         raise ValueError(f"{value!r} is no {kind}: choose one of {', '.join(NAMES.get(kind, NAMES))}")
     if kind == "background":
         return scene | {kind: value}
     return scene | dict(objects=[scene["objects"][0] | {kind: value}, *scene["objects"][1:]])
 
-
+# %% ../notebooks/08_language.ipynb #caaa6a02
 @torch.no_grad()
-def change_rates(pipe, scenes: list[dict], generator: torch.Generator, **options) -> dict[str, dict[str, float]]:
+def change_rates(pipe, scenes: list[dict], generator: torch.Generator,
+                 **options) -> dict[str, dict[str, float]]:
     """What one changed word changes in samples from the same noise, for scenes of one figure.
 
-    Returns {word changed: {attribute: share of clips}}. In the row "color", "color" is the share of clips that show
-    the new colour, any other column the share whose attribute is no longer what it was. The row "noise" is the measure
-    for these: the same words, other noise. Cost: 2 + (number of kinds in `ordinary` captions) samples a scene.
+    pipe: a `SoraLite`; options: for its `latents`, or frames, height, width. Returns {word changed: {attribute:
+    share of clips}}. In the row "color", "color" is the share of clips that show the new colour, any other
+    column the share whose attribute is no longer what it was. The row "noise" is the measure for these: the
+    same words, other noise. Cost: two samples a scene, and one more for each kind of word in an ordinary caption.
     """
-    kinds = [kind for kind in NAMES if kind != "place" and (kind != "motion" or scenes[0]["objects"][0]["motion"])]
+    moving = scenes[0]["objects"][0]["motion"] is not None
+    kinds = [kind for kind in NAMES if kind != "place" and (kind != "motion" or moving)]
     grid = pipe.latent_grid(*(options.pop(k, pipe.defaults[k]) for k in ("frames", "height", "width")))
     shape = len(scenes), grid[0] * grid[1] * grid[2], pipe.model.dit.config["channels"]
     noise = torch.randn(shape, generator=generator)
 
     def make(of: list[dict], noise: Tensor) -> list[dict[str, set[str]]]:
-        parts = [pipe.vae.decode(pipe.latents([caption(s) for s in some], grid, noise=z.to(pipe.device), **options))
-                 for some, z in zip([of[i:i + 32] for i in range(0, len(of), 32)], noise.split(32))]
-        return [seen(video) for part in parts for video in part.cpu()]
+        out = []
+        for start in range(0, len(of), 32):
+            prompts, z = [caption(s) for s in of[start:start + 32]], noise[start:start + 32].to(pipe.device)
+            out += [seen(v) for v in pipe.vae.decode(pipe.latents(prompts, grid, noise=z, **options)).cpu()]
+        return out
+
+    def another(kind: str, have: str) -> str:
+        names = [name for name in NAMES[kind] if name != have]
+        return names[int(torch.randint(len(names), (), generator=generator))]
 
     before = make(scenes, noise)
     changed = {"noise": (None, make(scenes, torch.randn(shape, generator=generator)))}
     for kind in kinds:
         have = [(s if kind == "background" else s["objects"][0])[kind] for s in scenes]
-        other = [NAMES[kind][(NAMES[kind].index(h) + 1 + int(torch.randint(len(NAMES[kind]) - 1, (), generator=generator)))
-                             % len(NAMES[kind])] for h in have]
+        other = [another(kind, value) for value in have]
         changed[kind] = other, make([reworded(s, kind, value) for s, value in zip(scenes, other)], noise)
-    spoken = lambda kind, value: {MOTIONS[value] if kind == "motion" else value}
-    return {word: {kind: sum(now[kind] == spoken(kind, wanted[i]) if kind == word else now[kind] != was[kind]
-                             for i, (was, now) in enumerate(zip(before, after))) / len(scenes)
-                   for kind in [*kinds, "place", "count"]} for word, (wanted, after) in changed.items()}
 
+    def rate(word: str, kind: str) -> float:
+        wanted, after = changed[word]
+        hits = [now[kind] == {MOTIONS.get(wanted[i], wanted[i])} if kind == word else now[kind] != was[kind]
+                for i, (was, now) in enumerate(zip(before, after))]
+        return sum(hits) / len(hits)
 
+    return {word: {kind: rate(word, kind) for kind in [*kinds, "place", "count"]} for word in changed}
+
+# %% ../notebooks/08_language.ipynb #d994d4a7
 def playground(pipe) -> None:
-    """Menus for each word of a prompt and a slider for the noise, in Jupyter: the clip, and what the last choice
-    changed in it. ImportError says how to get ipywidgets."""
+    """Menus for each word of a prompt and a slider for the noise, in Jupyter: the clip of a `SoraLite`, and
+    what the last choice changed in it. ImportError says how to get ipywidgets."""
     try:
         import ipywidgets as w
     except ImportError:

@@ -30,8 +30,8 @@ def _transformers(folder: str | Path):
     try:
         import transformers
     except ImportError:
-        raise ImportError("a text model from a folder needs the transformers library: pip install transformers"
-                          ) from None
+        raise ImportError("a text model from a folder needs the transformers library: "
+                          "pip install transformers") from None
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no config.json: give a folder that save_pretrained of the "
                                 f"transformers library wrote, or one downloaded from a model hub")
@@ -48,7 +48,8 @@ class _Tokens:
         self.tokenizer, self.longest = tokenizer, longest
 
     def encode(self, caption: str | None) -> list[int]:
-        """Numbers of a caption's pieces of words; None is the empty caption. ValueError for an empty or overlong one."""
+        """Numbers of a caption's pieces of words; None is the empty caption. ValueError for an empty prompt or
+        one that is too long."""
         if caption is not None and not caption.strip():
             raise ValueError("the prompt is empty: describe a clip, or pass None for an unconditional sample")
         numbers = self.tokenizer(caption or "")["input_ids"]
@@ -57,21 +58,23 @@ class _Tokens:
                              f"{self.longest}: shorten it")
         return numbers or [self.tokenizer.eos_token_id or 0]      # a tokenizer without an end mark: one blank
 
-
+# %% ../notebooks/08_language.ipynb #899b807e
 class FolderEncoder(nn.Module):
     """A pretrained text encoder (T5, CLIP, or any other that transformers knows) in the place of `TextEncoder`.
 
-    folder: where its weights and tokenizer lie; nothing is downloaded. It stays frozen, as in Imagen (Saharia
-    2022). What it says is normalised per word, because the transformer's mean over words expects numbers around
-    1. Raises ImportError, FileNotFoundError or ValueError, saying what is missing.
+    folder: where its weights and tokenizer lie; nothing is downloaded. longest: pieces of words in a caption.
+    It stays frozen, as in Imagen (Saharia 2022). What it says is normalised per word, because the
+    transformer's mean over words expects numbers around 1. Raises ImportError, FileNotFoundError or
+    ValueError, saying what is missing.
     """
     rim = ()
 
     def __init__(self, folder: str | Path, longest: int = 77):
         super().__init__()
         transformers, config = _transformers(folder)
-        kind = {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel", "mt5": "MT5EncoderModel",
-                "clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel"}.get(config.model_type, "AutoModel")
+        kinds = dict(t5="T5EncoderModel", umt5="UMT5EncoderModel", mt5="MT5EncoderModel", clip="CLIPTextModel",
+                     clip_text_model="CLIPTextModel")
+        kind = kinds.get(config.model_type, "AutoModel")
         try:
             model = getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -109,7 +112,8 @@ class LittleExpander(nn.Module, Pretrained):
     def __init__(self, words: list[str], width: int = 96, depth: int = 2, heads: int = 4, longest: int = 64):
         super().__init__()
         self.vocabulary = Vocabulary(words)
-        self.config = dict(words=self.vocabulary.words, width=width, depth=depth, heads=heads, longest=longest)
+        self.config = dict(words=self.vocabulary.words, width=width, depth=depth, heads=heads,
+                           longest=longest)
         self.embed = nn.Embedding(len(self.vocabulary), width)
         self.places = nn.Parameter(0.02 * torch.randn(longest, width))
         self.blocks = nn.ModuleList(WordBlock(width, heads) for _ in range(depth))
@@ -139,7 +143,7 @@ class LittleExpander(nn.Module, Pretrained):
                 break
         return " ".join(self.vocabulary.words[i] for i in said[begun:] if i).replace(" ,", ",")
 
-
+# %% ../notebooks/08_language.ipynb #9db75d60
 def expander_loss(model: LittleExpander, pairs: list[tuple[str, str]], generator: torch.Generator) -> Tensor:
     """Cross-entropy of the full prompts, given the terse ones."""
     coded = [(model.vocabulary.encode(a), model.vocabulary.encode(b)) for a, b in pairs]
@@ -148,13 +152,13 @@ def expander_loss(model: LittleExpander, pairs: list[tuple[str, str]], generator
     numbers = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.places.device)
     goal = numbers[:, 1:].clone()
     for row, (a, b) in zip(goal, coded):
-        row[:len(a)], row[len(a) + len(b) + 1:] = -100, -100     # the terse words are given, the filling is nothing
+        row[:len(a)], row[len(a) + len(b) + 1:] = -100, -100    # terse words are given, filling is nothing
     return F.cross_entropy(model(numbers[:, :-1]).float().flatten(0, 1), goal.flatten())
 
 # %% ../notebooks/08_language.ipynb #2196ea97
 def _instruction(words: list[str]) -> str:
-    return ("You turn a terse prompt for a video model into a full one: keep what it says and invent the rest. "
-            "Answer with one sentence in the form of the examples, and nothing else."
+    return ("You turn a terse prompt for a video model into a full one: keep what it says and invent the "
+            "rest. Answer with one sentence in the form of the examples, and nothing else."
             + (f" Use no words but these: {' '.join(words)}." if words else ""))
 
 
@@ -182,25 +186,28 @@ def _within(seconds: float, work):
 class ChatExpander:
     """Any OpenAI-compatible chat endpoint as an expander: POST `url`/chat/completions, one request a prompt.
 
-    url: such as http://localhost:8000/v1; key: sent as a bearer token; examples: (terse, full) pairs that show the
-    form; words: those it may use; seconds: the longest wait for a whole answer. ConnectionError, TimeoutError or
-    ValueError say what is wrong with the endpoint, within that time.
+    url: such as http://localhost:8000/v1; key: sent as a bearer token; examples: (terse, full) pairs that show
+    the form; words: those it may use; seconds: the longest wait for a whole answer. ConnectionError,
+    TimeoutError or ValueError say what is wrong with the endpoint, within that time.
     """
 
     def __init__(self, url: str, model: str = "default", *, key: str | None = None,
                  examples: list[tuple[str, str]] = (), words: list[str] = (), seconds: float = 20.0):
         if not url.startswith(("http://", "https://")):
-            raise ValueError(f"the endpoint {url!r} must begin with http:// or https://, as in http://localhost:8000/v1")
-        self.url, self.model, self.key, self.seconds = url.rstrip("/") + "/chat/completions", model, key, seconds
+            raise ValueError(f"the endpoint {url!r} must begin with http:// or https://, as in "
+                             f"http://localhost:8000/v1")
+        self.url, self.model, self.key = url.rstrip("/") + "/chat/completions", model, key
+        self.seconds, roles = seconds, ("user", "assistant")
         self.before = [dict(role="system", content=_instruction(words))] + [
-            dict(role=role, content=text) for pair in examples for role, text in zip(("user", "assistant"), pair)]
+            dict(role=role, content=text) for pair in examples for role, text in zip(roles, pair)]
 
     def expand(self, prompts: list[str]) -> list[str]:
         """Full prompts for terse ones, as the endpoint answers them."""
         return [self._one(prompt) for prompt in prompts]
 
     def _ask(self, prompt: str) -> bytes:
-        body = dict(model=self.model, messages=self.before + [dict(role="user", content=prompt)], max_tokens=100)
+        messages = self.before + [dict(role="user", content=prompt)]
+        body = dict(model=self.model, messages=messages, max_tokens=100)
         headers = {"Content-Type": "application/json"} | (
             {"Authorization": f"Bearer {self.key}"} if self.key else {})
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
@@ -211,21 +218,21 @@ class ChatExpander:
         try:
             said = _within(self.seconds, lambda: self._ask(prompt))
         except urllib.error.HTTPError as error:
-            raise ConnectionError(f"{self.url} refuses with status {error.code} ({error.reason}): check the address, "
-                                  f"the model's name {self.model!r} and the key") from None
+            raise ConnectionError(f"{self.url} refuses with status {error.code} ({error.reason}): check the "
+                                  f"address, the model's name {self.model!r} and the key") from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = getattr(error, "reason", error)
             if isinstance(reason, TimeoutError):
-                raise TimeoutError(f"{self.url} gave no whole answer within {self.seconds:g} s: is the model still "
-                                   f"loading? Raise `seconds`, or use another expander") from None
-            raise ConnectionError(f"{self.url} cannot be reached ({reason}): start the endpoint, check its address, or "
-                                  f"use another expander") from None
+                raise TimeoutError(f"{self.url} gave no whole answer within {self.seconds:g} s: is the model "
+                                   f"still loading? Raise `seconds`, or use another expander") from None
+            raise ConnectionError(f"{self.url} cannot be reached ({reason}): start the endpoint, check its "
+                                  f"address, or use another expander") from None
         try:
             text = json.loads(said)["choices"][0]["message"]["content"]
             return text.strip().strip("\"'").rstrip(".")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            raise ValueError(f"{self.url} answers, but not as a chat endpoint does ({said[:80]!r}): its address "
-                             f"usually ends with /v1") from None
+            raise ValueError(f"{self.url} answers, but not as a chat endpoint does ({said[:80]!r}): its "
+                             f"address usually ends with /v1") from None
 
 # %% ../notebooks/08_language.ipynb #40948fea
 class FolderExpander:
@@ -237,10 +244,11 @@ class FolderExpander:
     def __init__(self, folder: str | Path, *, examples: list[tuple[str, str]] = (), words: list[str] = ()):
         transformers, _ = _transformers(folder)
         try:
-            self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (ValueError, OSError, KeyError, ImportError) as error:
             raise ValueError(f"{folder} holds no whole language model: {error}") from None
+        self.model = model.eval()
         self.before = _instruction(words) + "\n" + "".join(f"terse: {a}\nfull: {b}\n" for a, b in examples)
 
     @torch.no_grad()
@@ -257,10 +265,12 @@ class FolderExpander:
         return out
 
 # %% ../notebooks/08_language.ipynb #8ff4ace2
-def checked(prompts: list[str], answers: list[str], vocabulary: Vocabulary, *, keep: bool = False) -> list[str]:
+def checked(prompts: list[str], answers: list[str], vocabulary: Vocabulary, *,
+            keep: bool = False) -> list[str]:
     """Expansions that the video model can read and that keep every statement of their prompts.
 
-    An answer that is neither is a ValueError that shows it; with keep=True a line is printed and the prompt stays.
+    An answer that is not so is a ValueError that shows it; with keep=True a line is printed and the prompt
+    stays as it was.
     """
     if len(prompts) != len(answers):
         raise ValueError(f"{len(prompts)} prompts but {len(answers)} expansions: there must be one for each")
@@ -268,13 +278,14 @@ def checked(prompts: list[str], answers: list[str], vocabulary: Vocabulary, *, k
     for prompt, answer in zip(prompts, answers):
         try:
             vocabulary.encode(answer)
-            lost = [value for kind, values in statements(prompt).items() for value in values - statements(answer)[kind]]
+            says = statements(answer)
+            lost = [value for kind, values in statements(prompt).items() for value in values - says[kind]]
             reason = f"it loses {', '.join(sorted(lost))}" if lost else None
         except ValueError as error:
             reason = str(error).split(" It knows:")[0]
         if reason and not keep:
-            raise ValueError(f"the expansion of {prompt!r} is of no use: {answer[:120]!r} ({reason}). Give the expander "
-                             f"examples and words, or pass keep=True to keep such prompts as they are")
+            raise ValueError(f"the expansion of {prompt!r} is of no use: {answer[:120]!r} ({reason}). Give the "
+                             f"expander examples and words, or keep=True to keep such prompts as they are")
         if reason:
             print(f"kept {prompt!r}: {reason}")
         out.append(prompt if reason else answer)

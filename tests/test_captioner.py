@@ -58,10 +58,10 @@ def test_what_fills_a_batch_up_does_not_count(generator):
     together = model.words.whole(model.words.read(numbers), counts)
     for i, text in enumerate(CAPTIONS):
         assert (model.vectors(video[i:i + 1], [text])[1] - together[i]).abs().max() < 1e-5
-    each = [coca_loss(model, (video[i:i + 1], [t]), generator)[1]["captioning"] for i, t in enumerate(CAPTIONS)]
+    said = lambda video, texts: coca_loss(model, (video, texts), generator)[1]["captioning"]
+    each = [said(video[i:i + 1], [text]) for i, text in enumerate(CAPTIONS)]
     words = torch.tensor([len(Vocabulary(vocabulary()).encode(t)) + 1.0 for t in CAPTIONS])     # and the end
-    mean = coca_loss(model, (video, CAPTIONS), generator)[1]["captioning"]
-    assert float(mean) == pytest.approx(float((torch.stack(each) * words).sum() / words.sum()), rel=1e-4)
+    assert float(said(video, CAPTIONS)) == pytest.approx(float((torch.stack(each) * words).sum() / words.sum()), rel=1e-4)
 
 
 def test_gradients_reach_every_weight(generator):

@@ -36,7 +36,8 @@ def test_only_the_full_prompt_is_asked_of_it(generator):
     model = little()
     each = torch.stack([expander_loss(model, [pair], generator).detach() for pair in PAIRS])
     words = torch.tensor([len(model.vocabulary.encode(b)) + 1.0 for _, b in PAIRS])
-    assert float(expander_loss(model, PAIRS, generator).detach()) == pytest.approx(float((each * words).sum() / words.sum()), rel=1e-4)
+    mean = float((each * words).sum() / words.sum())
+    assert float(expander_loss(model, PAIRS, generator).detach()) == pytest.approx(mean, rel=1e-4)
     (slope,) = torch.autograd.grad(expander_loss(model, PAIRS[:1], generator), model.say.bias)
     asked = set(model.vocabulary.encode(PAIRS[0][1])) | {0}            # the full prompt and its end
     assert {i for i in range(len(slope)) if slope[i] < 0} == asked
