@@ -23,7 +23,7 @@ def test_one_word_changes_and_nothing_else(generator):
     scene = world.scenes(world.cast(1, generator))[0]
     for kind, names in NAMES.items():
         value = next(v for v in names if v != (scene if kind == "background" else scene["objects"][0])[kind])
-        a, b = statements(caption(scene, "descriptive")), statements(caption(reworded(scene, kind, value), "descriptive"))
+        a, b = (statements(caption(s, "descriptive")) for s in (scene, reworded(scene, kind, value)))
         assert [k for k in a if a[k] != b[k]] == [kind]
     with pytest.raises(ValueError, match="crimson.*no color.*red"):
         reworded(scene, "color", "crimson")
@@ -52,6 +52,10 @@ class Perfect:
 
     def latents(self, prompts, grid, *, noise):
         return [(statements(p), int(z.abs().sum() * 1e4)) for p, z in zip(prompts, noise)]
+
+    def __call__(self, prompt, generator):
+        self.asked = prompt
+        return self.decode([(statements(prompt), int(torch.randint(99, (), generator=generator)))])
 
     def decode(self, told):
         world, out = Shapes(), []
@@ -86,3 +90,19 @@ def test_a_model_deaf_to_a_word_is_found_out(generator):
     scenes = world.scenes(world.cast(6, generator))
     rates = change_rates(Perfect(deaf_to="shape"), scenes, generator)
     assert rates["shape"]["shape"] < 0.7 and rates["color"]["color"] == 1
+
+
+def test_a_menu_changes_the_prompt_and_says_what_changed(monkeypatch):
+    pytest.importorskip("ipywidgets", reason="ipywidgets is optional and not installed")
+    import IPython.display
+    from sora_lite import playground
+    shown, titles, pipe = [], [], Perfect()
+    monkeypatch.setattr(IPython.display, "display", shown.append)
+    monkeypatch.setattr(playground, "show", lambda videos, said, **_: titles.append(said[0]))
+    playground.playground(pipe)
+    assert pipe.asked == "a small red circle stays still on a black background" and titles == ["changed: nothing"]
+    menus = {w.description: w for w in shown[0].children if hasattr(w, "description")}
+    menus["color"].value = "blue"
+    assert pipe.asked == "a small blue circle stays still on a black background" and titles[1] == "changed: color"
+    menus["noise"].value = 5
+    assert len(titles) == 3 and set(titles[2].removeprefix("changed: ").split(", ")) <= {"place", "nothing"}
