@@ -37,7 +37,7 @@ class FrameEncoder(nn.Module):
 class Look(nn.Module):
     """Multi-head attention of `[B, n, width]` to `[B, m, width]`, plain and batched.
 
-    With as many learned vectors on the left as one likes, it is CoCa's *attentional pooling* (Yu 2022, sec. 3.2).
+    With learned vectors on the left it is CoCa's *attentional pooling* (Yu 2022, sec. 3.2).
     """
 
     def __init__(self, width: int, heads: int):
@@ -75,7 +75,7 @@ class WordBlock(nn.Module):
 
 # %% ../notebooks/08_language.ipynb #7b9ca1e6
 class Watcher(nn.Module):
-    """Videos to `queries` vectors, for a decoder to look at, and to one, to be compared with captions."""
+    """Videos to `queries` vectors a frame, for a decoder to look at, and to one, to be compared with captions."""
 
     def __init__(self, width: int, heads: int, queries: int, frames: int):
         super().__init__()
@@ -86,7 +86,7 @@ class Watcher(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
 
     def forward(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Of videos `[B, 3, T, H, W]`: `[B, queries, width]`, and vectors of length 1 `[B, width]`."""
+        """Of videos `[B, 3, T, H, W]`: `[B, frames * queries, width]`, and vectors of length 1 `[B, width]`."""
         b, _, t, h, w = video.shape
         if min(h, w) < 8 or h % 8 or w % 8:
             raise ValueError(f"the captioner reads frames whose sides are multiples of 8 pixels, got {h} x {w}")
@@ -95,8 +95,9 @@ class Watcher(nn.Module):
         coords = coordinates((len(some), h // 8, w // 8), video.device)
         place = self.place(place_features(coords, [len(coords)]))
         tokens = self.norms[0](tokens.reshape(b, len(coords), -1) + place)
-        pooled = self.compare(self.generative(self.queries.expand(b, -1, -1), tokens))
-        pooled = self.norms[1](pooled)
+        each = tokens.reshape(b * len(some), -1, tokens.shape[-1])                # a frame by itself
+        pooled = self.generative(self.queries.expand(len(each), -1, -1), each)
+        pooled = self.norms[1](self.compare(pooled.reshape(b, -1, pooled.shape[-1])))
         whole = self.contrastive(self.whole.expand(b, -1, -1), pooled)[:, 0]
         return pooled, F.normalize(whole.float(), dim=-1)
 
@@ -127,7 +128,7 @@ class Teller(nn.Module):
         return self.say(self.norms[0](words))
 
     def whole(self, words: Tensor, counts: Tensor) -> Tensor:
-        """One vector of length 1 `[B, width]` a caption: what its last word knows, as in CLIP (Radford 2021)."""
+        """One vector of length 1 `[B, width]` a caption: what its last word knows (as CLIP: Radford 2021)."""
         last = words[torch.arange(len(counts), device=words.device), counts]
         return F.normalize(self.norms[1](last).float(), dim=-1)
 
@@ -135,12 +136,12 @@ class Teller(nn.Module):
 class Captioner(nn.Module, Pretrained):
     """Videos `[B, 3, T, H, W]` of any size and length to sentences (CoCa: Yu 2022; VideoCoCa: Yan 2022).
 
-    words: the vocabulary; queries: vectors that a video is pooled into; depth: blocks in each half of the
+    words: the vocabulary; queries: vectors that a frame is pooled into; depth: blocks in each half of the
     decoder; frames: how many are looked at, evenly from first to last; longest: words in a caption, and one.
     """
     rim = ("see.encode.enter", "see.queries", "see.whole", "words.places", "words.say")
 
-    def __init__(self, words: list[str], width: int = 128, heads: int = 4, queries: int = 16, depth: int = 2,
+    def __init__(self, words: list[str], width: int = 128, heads: int = 4, queries: int = 4, depth: int = 2,
                  frames: int = 5, longest: int = 32):
         super().__init__()
         self.vocabulary = Vocabulary(words)

@@ -21,7 +21,7 @@ def captioner(**options) -> Captioner:
 def test_videos_of_any_size_are_seen_and_captioned(size):
     model, video = captioner(), torch.randn(3, 3, *size)
     pooled, vector = model.see(video)
-    assert pooled.shape == (3, 4, 32) and torch.allclose(vector.norm(dim=1), torch.ones(3))
+    assert pooled.shape == (3, 4 * min(5, size[0]), 32) and torch.allclose(vector.norm(dim=1), torch.ones(3))
     said = model.caption(video, batch=2)
     assert len(said) == 3 and all(len(text.split()) < model.config["longest"] for text in said)
 
