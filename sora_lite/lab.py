@@ -20,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 PROFILES = ("smoke", "toy", "colab", "gpu", "cluster")
@@ -133,16 +135,21 @@ def cache_path(name: str, *code: Callable, **key) -> Path:
 def cached(name: str, make: Callable[[], object], *code: Callable, **key):
     """What `make()` returned when it was last asked for with this `key`; if it never was, make it and write it down.
 
-    name: chapter and experiment, such as "06-sweep". What is made must be numbers, strings, lists and dicts: it is kept as
-    JSON at `cache_path(name, *code, **key)`. Change a setting or the code, and the experiment is made again.
+    name: chapter and experiment, such as "06-sweep". What is made must be numbers, strings, lists and dicts, or a dict with
+    tensors among its values. It is kept at `cache_path(name, *code, **key)`, tensors as safetensors and the rest beside them
+    as JSON. Change a setting or the code, and the experiment is made again.
     """
-    path = cache_path(name, *code, **key).with_suffix(".json")
+    path = cache_path(name, *code, **key).with_suffix(".safetensors")
     if not path.is_file():
-        text = json.dumps(make())
+        made = make()
+        tensors = {k: x.detach().cpu().contiguous() for k, x in made.items() if isinstance(x, Tensor)} if isinstance(made, dict) else {}
+        rest = {k: x for k, x in made.items() if k not in tensors} if tensors else made
         part = path.with_suffix(f".{os.getpid()}")
-        part.write_text(text)
+        save_file(tensors, part, {"json": json.dumps(rest)})
         part.replace(path)
-    return json.loads(path.read_text())
+    with safe_open(path, "pt") as file:
+        rest = json.loads(file.metadata()["json"])
+        return rest | {k: file.get_tensor(k) for k in file.keys()} if file.keys() else rest
 
 # %% ../notebooks/A_lab.ipynb #b329566e
 def image(frame: Tensor) -> np.ndarray:

@@ -92,8 +92,9 @@ def learning_curve(model: Denoiser, clips: Coded, held_out: Coded, budgets: list
         return list(latents[index].float().to(device)), [captions[i] for i in index.tolist()]
 
     def watch(step: int) -> None:
-        rows.append(dict(parameters=n, steps=step, tokens=step * tokens, flops=step * flops, seed=seed,
-                         loss=held_out_loss(model, held_out)))
+        reached = dict(parameters=n, steps=step, tokens=step * tokens, flops=step * flops, seed=seed,
+                       loss=held_out_loss(model, held_out))
+        rows.extend(reached | dict(budget=budget) for budget, stop in zip(budgets, stops) if stop == step)
         if last and step == stops[-1]:
             rows[-1].update(last())
 
@@ -125,8 +126,9 @@ def power_law(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 def fit_laws(rows: list[dict]) -> dict:
     """Compute-optimal sizes and the laws through them (approach 2 of Hoffmann 2022).
 
-    rows as `learning_curve` makes them, for several sizes, with `budget` in FLOPs. Returns budgets, and for each of "parameters", "tokens" and "loss" the values at the lowest
-    point of each budget's parabola (nan where it has none inside) and the law (k, exponent) over the budgets.
+    rows: of `learning_curve`, for several sizes and the same budgets. Returns budgets, and for each of "parameters", "tokens" and
+    "loss" the values at the lowest point of each budget's parabola (nan where it has none inside) and the law (k, exponent) over
+    the budgets.
     """
     budgets, best = sorted({row["budget"] for row in rows}), []
     for budget in budgets:

@@ -109,4 +109,13 @@ def test_an_experiment_is_made_once_per_setting_and_source():
     assert len(made) == 1
     lab.cached("06-test", make, steps=4), lab.cached("06-test", make, other, steps=3)
     assert len(made) == 3
-    assert not [p for p in (lab.run_dir() / "cache").iterdir() if p.suffix != ".json"]
+    assert {p.suffix for p in (lab.run_dir() / "cache").iterdir()} == {".safetensors"}   # nothing half-written is left
+
+
+def test_tensors_of_an_experiment_come_back_as_they_were():
+    lab.start("smoke", 0)
+    whole = {"said": ["a circle"], "made": torch.arange(6).view(2, 3).half(), "turned": torch.eye(3)[:2].T}
+    for _ in range(2):
+        back = lab.cached("06-tensors", lambda: whole)
+        assert back.keys() == whole.keys() and back["said"] == whole["said"]
+        assert all(torch.equal(back[k], whole[k]) and back[k].dtype == whole[k].dtype for k in ("made", "turned"))

@@ -38,6 +38,7 @@ def test_a_training_shows_each_budget_on_its_way():
     rows = learning_curve(model, coded(16), coded(8, 1), [2 * flops, 5 * flops], flops, batch_size=4,
                           last=lambda: dict(more=1))
     assert [row["steps"] for row in rows] == [2, 5] and [row.get("more") for row in rows] == [None, 1]
+    assert [row["budget"] for row in rows] == [2 * flops, 5 * flops]
     assert rows[1]["tokens"] == 5 * 4 * 32 and rows[1]["flops"] == 5 * flops
     assert all(math.isfinite(row["loss"]) for row in rows)
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from sora_lite import oracle
 from sora_lite.dit import DiT
 from sora_lite.patches import coordinates, pack, rope
-from sora_lite.pipeline import Denoiser, SoraLite, flow_loss
+from sora_lite.pipeline import Denoiser, SoraLite, encode_world, flow_loss
 from sora_lite.shapes import SHAPES, SIZES, Shapes, caption, coverage, vocabulary
-from sora_lite.sizes import (WAYS, PaddedDiT, ScaledDiT, box_share, bucketed_batches, decoder_halo, encode_world, framing,
+from sora_lite.sizes import (WAYS, PaddedDiT, ScaledDiT, box_share, bucketed_batches, decoder_halo, framing,
                              held_out_losses, mean_and_error, middle_square, packed_batches, padded_batches, peak_memory,
                              read_all, scaled_rope, score_at, share_inside, tiled_decode)
 from sora_lite.text import TextEncoder
