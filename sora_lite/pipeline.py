@@ -217,7 +217,7 @@ class SoraLite:
 @torch.no_grad()
 def encode_world(vae: VideoVAE, world: Shapes, n: int, seed: int, *, batch: int = 8, desc: str = "coding clips",
                  change=lambda video: video) -> tuple[Tensor, list[str]]:
-    """Latents `[n, Z, t, h, w]` in half precision, on the CPU, and captions, of n clips; `change` is done to the pixels."""
+    """Latents `[n, Z, t, h, w]` in half precision on the CPU, and captions, of n clips; `change` alters the pixels."""
     generator, device = torch.Generator().manual_seed(seed), next(vae.parameters()).device
     latents, captions = [], []
     for start in tqdm(range(0, n, batch), desc=desc, mininterval=2):
