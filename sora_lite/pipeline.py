@@ -193,8 +193,8 @@ class SoraLite:
         """Sample tokens `[B, n, D]` for a grid and return latents `[B, Z, t, h, w]`.
 
         given `[B, n, D]` and mask `[B, n]`: tokens that are held (see `diffusion.sample`, which also takes
-        the remaining options). predict: what to ask in place of `predictor(prompts,
-        grid)`, such as a blend of several.
+        the remaining options). predict: what to ask in place of `predictor(prompts, grid)`, such as a blend of
+        several.
         """
         n = grid[0] * grid[1] * grid[2]
         if noise is None:
