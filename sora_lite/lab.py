@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'COLORS', 'SERIES', 'require', 'style', 'start', 'root', 'run_dir', 'weights', 'ledger', 'parameters',
-           'cache_path', 'cached', 'image', 'strip', 'show_strips']
+           'cache_path', 'cached', 'fingerprint', 'cached_each', 'image', 'strip', 'show_strips']
 
 # %% ../notebooks/A_lab.ipynb #553d180b
 """The lab bench: style, run folders, checked parameters, weights, and the ledger of costs."""
@@ -16,13 +16,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
+import joblib
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm.auto import tqdm
 
 PROFILES = ("smoke", "toy", "colab", "gpu", "cluster")
 # dark enough on white, and apart from each other for colour-blind eyes (after Okabe and Ito)
@@ -141,16 +144,47 @@ def cached(name: str, make: Callable[[], object], *code: Callable, **key):
     """
     path = cache_path(name, *code, **key).with_suffix(".safetensors")
     if not path.is_file():
-        made = make()
-        values = made if isinstance(made, dict) else {}
-        tensors = {k: x.detach().cpu().contiguous() for k, x in values.items() if isinstance(x, Tensor)}
-        rest = {k: x for k, x in values.items() if k not in tensors} if tensors else made
-        part = path.with_suffix(f".{os.getpid()}")
-        save_file(tensors, part, {"json": json.dumps(rest)})
-        part.replace(path)
+        _keep(path, make())
+    return _kept(path)
+
+
+def _keep(path: Path, made: object) -> None:
+    values = made if isinstance(made, dict) else {}
+    tensors = {k: x.detach().cpu().contiguous() for k, x in values.items() if isinstance(x, Tensor)}
+    rest = {k: x for k, x in values.items() if k not in tensors} if tensors else made
+    part = path.with_suffix(f".{os.getpid()}")
+    save_file(tensors, part, {"json": json.dumps(rest)})
+    part.replace(path)
+
+
+def _kept(path: Path) -> object:
     with safe_open(path, "pt") as file:
         rest = json.loads(file.metadata()["json"])
         return rest | {k: file.get_tensor(k) for k in file.keys()} if file.keys() else rest
+
+
+def fingerprint(folder: Path) -> str:
+    """What tells the weights in a folder from all others: a key for results that depend on them."""
+    files = sorted(Path(folder).rglob("*.safetensors"))
+    return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()
+
+# %% ../notebooks/A_lab.ipynb #181d1e8c
+def cached_each(name: str, make: Callable[..., object], settings: list[dict], *code: Callable, **key) -> list:
+    """`cached` for each of several settings, in their order: `make(**setting)`, kept under that setting and `key`.
+
+    Those not yet made are made side by side, at most four, in processes that share the CPU's cores; each is written
+    down as soon as it is there. With a GPU they are made here, in turn.
+    """
+    paths = [cache_path(name, *code, **setting, **key).with_suffix(".safetensors") for setting in settings]
+    todo = {path: setting for path, setting in zip(paths, settings) if not path.is_file()}
+    cores = 1 if torch.cuda.is_available() else joblib.cpu_count()
+    jobs = max(1, min(len(todo), cores, 4))
+    work = [joblib.delayed(lambda path, setting: (path, make(**setting)))(path, setting) for path, setting in todo.items()]
+    with joblib.parallel_config("loky", inner_max_num_threads=cores // jobs) if jobs > 1 else nullcontext():
+        made = joblib.Parallel(jobs, return_as="generator_unordered")(work)
+        for path, result in tqdm(made, desc=f"{name}, {jobs} at once", total=len(todo), disable=len(todo) < 2):
+            _keep(path, result)
+    return [_kept(path) for path in paths]
 
 # %% ../notebooks/A_lab.ipynb #b329566e
 def image(frame: Tensor) -> np.ndarray:

@@ -119,3 +119,38 @@ def test_tensors_of_an_experiment_come_back_as_they_were():
         back = lab.cached("06-tensors", lambda: whole)
         assert back.keys() == whole.keys() and back["said"] == whole["said"]
         assert all(torch.equal(back[k], whole[k]) and back[k].dtype == whole[k].dtype for k in ("made", "turned"))
+
+
+def test_cached_each_makes_side_by_side_what_is_missing_and_keeps_the_order(tmp_path, monkeypatch):
+    monkeypatch.setenv("SORA_LITE_RUN", str(tmp_path))
+    calls = tmp_path / "calls"
+    calls.mkdir()
+
+    def make(x, power):
+        import os
+        (calls / f"{x}-{os.getpid()}").touch()
+        return dict(value=float(x**power), table=torch.full((2,), float(x)))
+
+    first = lab.cached_each("06-each", lambda x: make(x, 2), [dict(x=3), dict(x=1)], make, power=2)
+    assert [r["value"] for r in first] == [9, 1] and first[0]["table"].tolist() == [3, 3]
+    again = lab.cached_each("06-each", lambda x: make(x, 2), [dict(x=1), dict(x=2), dict(x=3)], make, power=2)
+    assert [r["value"] for r in again] == [1, 4, 9]
+    assert sorted(p.name.split("-")[0] for p in calls.iterdir()) == ["1", "2", "3"]     # none was made twice
+
+    def fails(x):
+        if x == 2:
+            raise ValueError("two is too many")
+        return x
+
+    with pytest.raises(ValueError, match="two is too many"):
+        lab.cached_each("06-fails", fails, [dict(x=1), dict(x=2)])
+
+
+def test_fingerprint_changes_with_the_weights_and_not_with_the_rest(tmp_path):
+    from safetensors.torch import save_file
+    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
+    before = lab.fingerprint(tmp_path)
+    (tmp_path / "provenance.json").write_text("{}")
+    assert lab.fingerprint(tmp_path) == before
+    save_file({"w": torch.zeros(2)}, tmp_path / "model.safetensors")
+    assert lab.fingerprint(tmp_path) != before
