@@ -169,14 +169,16 @@ def fingerprint(folder: Path) -> str:
     return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()
 
 # %% ../notebooks/A_lab.ipynb #181d1e8c
-def cached_each(name: str, make: Callable[..., object], settings: list[dict], *code: Callable, **key) -> list:
-    """`cached` for each of several settings, in their order: `make(**setting)`, kept under that setting and `key`.
+def cached_each(name: str, make: Callable[..., object], settings: dict, *code: Callable, **key) -> dict:
+    """`cached` for each of several settings: {label: `make(**setting)`}, from {label: setting}.
 
-    Those not yet made are made side by side, at most four, in processes that share the CPU's cores; each is written
-    down as soon as it is there. With a GPU they are made here, in turn.
+    The source of `make` counts as `code`, and a setting as `key`. Those not yet made are made side by side, at most
+    four, in processes that share the CPU's cores; each is written down as soon as it is there. With a GPU they are
+    made here, in turn.
     """
-    paths = [cache_path(name, *code, **setting, **key).with_suffix(".safetensors") for setting in settings]
-    todo = {path: setting for path, setting in zip(paths, settings) if not path.is_file()}
+    path_of = lambda setting: cache_path(name, make, *code, **setting, **key).with_suffix(".safetensors")
+    paths = {label: path_of(setting) for label, setting in settings.items()}
+    todo = {paths[label]: setting for label, setting in settings.items() if not paths[label].is_file()}
     cores = 1 if torch.cuda.is_available() else joblib.cpu_count()
     jobs = max(1, min(len(todo), cores, 4))
     work = [joblib.delayed(lambda path, setting: (path, make(**setting)))(path, setting) for path, setting in todo.items()]
@@ -184,7 +186,7 @@ def cached_each(name: str, make: Callable[..., object], settings: list[dict], *c
         made = joblib.Parallel(jobs, return_as="generator_unordered")(work)
         for path, result in tqdm(made, desc=f"{name}, {jobs} at once", total=len(todo), disable=len(todo) < 2):
             _keep(path, result)
-    return [_kept(path) for path in paths]
+    return {label: _kept(path) for label, path in paths.items()}
 
 # %% ../notebooks/A_lab.ipynb #b329566e
 def image(frame: Tensor) -> np.ndarray:

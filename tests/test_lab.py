@@ -131,10 +131,10 @@ def test_cached_each_makes_side_by_side_what_is_missing_and_keeps_the_order(tmp_
         (calls / f"{x}-{os.getpid()}").touch()
         return dict(value=float(x**power), table=torch.full((2,), float(x)))
 
-    first = lab.cached_each("06-each", lambda x: make(x, 2), [dict(x=3), dict(x=1)], make, power=2)
-    assert [r["value"] for r in first] == [9, 1] and first[0]["table"].tolist() == [3, 3]
-    again = lab.cached_each("06-each", lambda x: make(x, 2), [dict(x=1), dict(x=2), dict(x=3)], make, power=2)
-    assert [r["value"] for r in again] == [1, 4, 9]
+    first = lab.cached_each("06-each", make, {"c": dict(x=3, power=2), "a": dict(x=1, power=2)})
+    assert [(k, r["value"]) for k, r in first.items()] == [("c", 9), ("a", 1)] and first["c"]["table"].tolist() == [3, 3]
+    again = lab.cached_each("06-each", make, {x: dict(x=x, power=2) for x in (1, 2, 3)})
+    assert {k: r["value"] for k, r in again.items()} == {1: 1, 2: 4, 3: 9}
     assert sorted(p.name.split("-")[0] for p in calls.iterdir()) == ["1", "2", "3"]     # none was made twice
 
     def fails(x):
@@ -143,7 +143,7 @@ def test_cached_each_makes_side_by_side_what_is_missing_and_keeps_the_order(tmp_
         return x
 
     with pytest.raises(ValueError, match="two is too many"):
-        lab.cached_each("06-fails", fails, [dict(x=1), dict(x=2)])
+        lab.cached_each("06-fails", fails, {x: dict(x=x) for x in (1, 2)})
 
 
 def test_fingerprint_changes_with_the_weights_and_not_with_the_rest(tmp_path):
