@@ -135,15 +135,16 @@ def cache_path(name: str, *code: Callable, **key) -> Path:
 def cached(name: str, make: Callable[[], object], *code: Callable, **key):
     """What `make()` returned when it was last asked for with this `key`; if it never was, make it and write it down.
 
-    name: chapter and experiment, such as "06-sweep". What is made must be numbers, strings, lists and dicts, or a dict with
-    tensors among its values. It is kept at `cache_path(name, *code, **key)`, tensors as safetensors and the rest beside them
-    as JSON. Change a setting or the code, and the experiment is made again.
+    name: chapter and experiment, such as "06-sweep". What is made must be numbers, strings, lists and dicts, or a
+    dict with tensors among its values. It is kept at `cache_path(name, *code, **key)`, tensors as safetensors and
+    the rest beside them as JSON. Change a setting or the code, and the experiment is made again.
     """
     path = cache_path(name, *code, **key).with_suffix(".safetensors")
     if not path.is_file():
         made = make()
-        tensors = {k: x.detach().cpu().contiguous() for k, x in made.items() if isinstance(x, Tensor)} if isinstance(made, dict) else {}
-        rest = {k: x for k, x in made.items() if k not in tensors} if tensors else made
+        values = made if isinstance(made, dict) else {}
+        tensors = {k: x.detach().cpu().contiguous() for k, x in values.items() if isinstance(x, Tensor)}
+        rest = {k: x for k, x in values.items() if k not in tensors} if tensors else made
         part = path.with_suffix(f".{os.getpid()}")
         save_file(tensors, part, {"json": json.dumps(rest)})
         part.replace(path)

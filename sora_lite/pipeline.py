@@ -6,6 +6,7 @@ __all__ = ['SPREAD', 'BASE', 'CLIP_BASE', 'MASKS', 'draw_mask', 'Denoiser', 'flo
 # %% ../notebooks/05_dit.ipynb #36ae49d0
 """Prompt to video: masks, the training loss, and the pipeline."""
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -158,18 +159,11 @@ class SoraLite:
         return tuple(n // p for n, p in zip(size, self.patch))
 
     @torch.no_grad()
-    def latents(self, prompts: list[str | None], grid: tuple[int, int, int], *, num_inference_steps: int = 20,
-                guidance_scale: float = 3.0, generator: torch.Generator | None = None,
-                noise: Tensor | None = None, given: Tensor | None = None, mask: Tensor | None = None,
-                solver: str = "multistep", bf16: bool = True, **options) -> Tensor:
-        """Sample tokens `[B, n, D]` for a grid and return latents `[B, Z, t, h, w]`.
-
-        given `[B, n, D]` and mask `[B, n]`: tokens that are held (see `diffusion.sample`, which also takes
-        the remaining options). Guidance runs both branches in one call.
-        """
+    def predictor(self, prompts: list[str | None], grid: tuple[int, int, int], *, guidance_scale: float = 3.0,
+                  bf16: bool = True) -> Callable[[Tensor, Tensor], Tensor]:
+        """What the model says, guided, of tokens `[B, n, D]` at noise levels `[B, n]`: a function for
+        `diffusion.sample`. Guidance runs both branches in one call."""
         b, n, width = len(prompts), grid[0] * grid[1] * grid[2], self.model.dit.config["channels"]
-        if noise is None:
-            noise = torch.randn(b, n, width, generator=generator).to(self.device)
         coords = coordinates(grid, self.device)
         guided = guidance_scale != 1
         both = 2 if guided else 1
@@ -188,6 +182,25 @@ class SoraLite:
             said = said.view(both, b, n, width)
             return (guide(said[0], said[1], guidance_scale) if guided else said[0])[back]
 
+        return predict
+
+    @torch.no_grad()
+    def latents(self, prompts: list[str | None], grid: tuple[int, int, int], *, num_inference_steps: int = 20,
+                guidance_scale: float = 3.0, generator: torch.Generator | None = None,
+                noise: Tensor | None = None, given: Tensor | None = None, mask: Tensor | None = None,
+                solver: str = "multistep", bf16: bool = True, predict: Callable | None = None,
+                **options) -> Tensor:
+        """Sample tokens `[B, n, D]` for a grid and return latents `[B, Z, t, h, w]`.
+
+        given `[B, n, D]` and mask `[B, n]`: tokens that are held (see `diffusion.sample`, which also takes
+        the remaining options). predict: what to ask in place of `predictor(prompts, grid)`, such as a blend of
+        several.
+        """
+        n = grid[0] * grid[1] * grid[2]
+        if noise is None:
+            shape = len(prompts), n, self.model.dit.config["channels"]
+            noise = torch.randn(shape, generator=generator).to(self.device)
+        predict = predict or self.predictor(prompts, grid, guidance_scale=guidance_scale, bf16=bf16)
         options = dict(shift=shift_for_tokens(n, BASE)) | options
         tokens = sample(predict, noise, steps=num_inference_steps, solver=solver, given=given, mask=mask,
                         **options)
@@ -217,7 +230,7 @@ class SoraLite:
 @torch.no_grad()
 def encode_world(vae: VideoVAE, world: Shapes, n: int, seed: int, *, batch: int = 8, desc: str = "coding clips",
                  change=lambda video: video) -> tuple[Tensor, list[str]]:
-    """Latents `[n, Z, t, h, w]` in half precision, on the CPU, and captions, of n clips; `change` is done to the pixels."""
+    """Latents `[n, Z, t, h, w]` in half precision on the CPU, and captions, of n clips; `change` alters the pixels."""
     generator, device = torch.Generator().manual_seed(seed), next(vae.parameters()).device
     latents, captions = [], []
     for start in tqdm(range(0, n, batch), desc=desc, mininterval=2):

@@ -52,8 +52,8 @@ def step_flops(model: Denoiser, batch: tuple[list[Tensor], list[str]]) -> int:
 def held_out_loss(model: Denoiser, held_out: Coded, seed: int = 0) -> float:
     """Mean squared error of the velocity on coded clips `[n, Z, t, h, w]`, one noise level a clip.
 
-    Levels are the quantiles of the training times of 80-token clips, in a random order fixed by the seed, and noise is drawn cell by
-    cell: models of any patch size are asked the same.
+    Levels are the quantiles of the training times of 80-token clips, in a random order fixed by the seed, and
+    noise is drawn cell by cell: models of any patch size are asked the same.
     """
     latents, captions = held_out
     generator, n = torch.Generator().manual_seed(seed), len(latents)
@@ -83,7 +83,8 @@ def learning_curve(model: Denoiser, clips: Coded, held_out: Coded, budgets: list
     latents, captions = clips
     stops = [round(budget / flops) for budget in budgets]
     if not stops[0]:
-        raise ValueError(f"a budget of {budgets[0]:.3g} FLOPs buys no step of {flops:.3g}: raise budgets or lower batch_size")
+        raise ValueError(f"a budget of {budgets[0]:.3g} FLOPs buys no step of {flops:.3g}: raise budgets or lower "
+                         f"batch_size")
     rows, n = [], sum(p.numel() for p in model.dit.parameters())
     tokens = latents[0, 0].numel() // math.prod(model.dit.patch) * batch_size
 
@@ -92,14 +93,15 @@ def learning_curve(model: Denoiser, clips: Coded, held_out: Coded, budgets: list
         return list(latents[index].float().to(device)), [captions[i] for i in index.tolist()]
 
     def watch(step: int) -> None:
-        reached = dict(parameters=n, steps=step, tokens=step * tokens, flops=step * flops, seed=seed,
-                       loss=held_out_loss(model, held_out))
+        reached = dict(parameters=n, steps=step, tokens=step * tokens, flops=step * flops, seed=seed)
+        reached["loss"] = held_out_loss(model, held_out)
         rows.extend(reached | dict(budget=budget) for budget, stop in zip(budgets, stops) if stop == step)
         if last and step == stops[-1]:
             rows[-1].update(last())
 
-    history = fit(model, draw, lambda *args: flow_loss(*args, patch=model.dit.patch), steps=stops[-1], warmup=10, decay=0, seed=seed,
-                  device=device, desc=desc, watch=watch, watch_at=set(stops))
+    loss = lambda *args: flow_loss(*args, patch=model.dit.patch)
+    history = fit(model, draw, loss, steps=stops[-1], warmup=10, decay=0, seed=seed, device=device, desc=desc,
+                  watch=watch, watch_at=set(stops))
     return [row | dict(seconds=history.seconds) for row in rows]
 
 # %% ../notebooks/06_scaling.ipynb #a0a2f748
@@ -126,9 +128,9 @@ def power_law(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 def fit_laws(rows: list[dict]) -> dict:
     """Compute-optimal sizes and the laws through them (approach 2 of Hoffmann 2022).
 
-    rows: of `learning_curve`, for several sizes and the same budgets. Returns budgets, and for each of "parameters", "tokens" and
-    "loss" the values at the lowest point of each budget's parabola (nan where it has none inside) and the law (k, exponent) over
-    the budgets.
+    rows: of `learning_curve`, for several sizes and the same budgets. Returns budgets, and for each of
+    "parameters", "tokens" and "loss" the values at the lowest point of each budget's parabola (nan where it has
+    none inside) and the law (k, exponent) over the budgets.
     """
     budgets, best = sorted({row["budget"] for row in rows}), []
     for budget in budgets:
@@ -147,8 +149,8 @@ def fit_laws(rows: list[dict]) -> dict:
 
 
 def bootstrap(rows: list[dict], rounds: int = 400, seed: int = 0) -> list[dict]:
-    """`fit_laws` on `rounds` new draws of the trainings, with replacement within each size; a training brings all of its
-    budgets, whose errors belong together. The spread of the results is the uncertainty of the laws."""
+    """`fit_laws` on `rounds` new draws of the trainings, with replacement within each size; a training brings all
+    of its budgets, whose errors belong together. The spread of the results is the uncertainty of the laws."""
     rng, trainings = np.random.default_rng(seed), {}
     for row in rows:
         trainings.setdefault(row["parameters"], {}).setdefault(row["seed"], []).append(row)
@@ -159,15 +161,16 @@ def bootstrap(rows: list[dict], rounds: int = 400, seed: int = 0) -> list[dict]:
 def plan(flops: float, rate: float, laws: dict, *, batch_size: int = 8, tokens_per_clip: int = 320) -> dict:
     """A compute-optimal training for `flops` FLOPs on a device that sustains `rate` FLOP/s.
 
-    laws: of `fit_laws`; batch_size, tokens_per_clip: of the trainings behind them. The batch grows as C^0.3271 (Bi 2024,
-    DeepSeek LLM, sec. 3.1) from the geometric middle of their budgets. Returns width, depth, parameters, tokens, batch_size, steps,
-    seconds, loss and `beyond`: how many times the largest budget behind the laws. ValueError for amounts that are not positive,
-    or laws that found no best size.
+    laws: of `fit_laws`; batch_size, tokens_per_clip: of the trainings behind them. The batch grows as C^0.3271
+    (Bi 2024, DeepSeek LLM, sec. 3.1) from the geometric middle of their budgets. Returns width, depth,
+    parameters, tokens, batch_size, steps, seconds, loss and `beyond`: how many times the largest budget behind
+    the laws. ValueError for amounts that are not positive, or laws that found no best size.
     """
     if not (flops > 0 and rate > 0):
         raise ValueError(f"flops and rate must be positive, got {flops} and {rate}")
     if not math.isfinite(laws["parameters law"][1]):
-        raise ValueError("the laws have no best size: no valley had its lowest point inside the sizes tried; try more sizes")
+        raise ValueError("the laws have no best size: no valley had its lowest point inside the sizes tried; try "
+                         "more sizes")
     value = {key: laws[f"{key} law"][0] * flops ** laws[f"{key} law"][1] for key in ("parameters", "tokens", "loss")}
     shape = lambda i: (16 * i, max(2, round(i / 2)))
     with torch.device("meta"):
@@ -178,5 +181,6 @@ def plan(flops: float, rate: float, laws: dict, *, batch_size: int = 8, tokens_p
     middle = math.exp(np.log(laws["budgets"]).mean())
     batch = max(1, round(batch_size * (flops / middle) ** 0.3271))
     steps = max(1, round(value["tokens"] / (batch * tokens_per_clip)))
-    return dict(width=width, depth=depth, parameters=parameters, tokens=steps * batch * tokens_per_clip, batch_size=batch,
-                steps=steps, seconds=flops / rate, loss=value["loss"], beyond=flops / laws["budgets"][-1])
+    return dict(width=width, depth=depth, parameters=parameters, tokens=steps * batch * tokens_per_clip,
+                batch_size=batch, steps=steps, seconds=flops / rate, loss=value["loss"],
+                beyond=flops / laws["budgets"][-1])
