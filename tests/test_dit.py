@@ -161,3 +161,22 @@ def test_the_pipeline_travels(pipe, tmp_path):
         SoraLite.from_pretrained(tmp_path / "p")
     with pytest.raises(FileNotFoundError, match="pipeline.json"):
         SoraLite.from_pretrained(tmp_path / "q")
+
+
+@pytest.mark.parametrize("t", [1, 2, 3, 5])
+def test_gradients_in_bfloat16_are_those_in_float32(t, generator):
+    """On two latent frames they once were not: a 3-D convolution's gradient held whatever lay in memory."""
+    block = ConvBlock(32, 16)
+    x, level = torch.randn(2, t, 4, 4, 32, generator=generator), torch.randn(1, 16, generator=generator)
+
+    def gradient(bf16: bool) -> torch.Tensor:
+        block.zero_grad()
+        rubbish = [torch.full((n,), float("nan")) for n in (32 * 32 * k for k in (3, 6, 12, 48))]   # noqa: F841
+        del rubbish
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            out = block(x, level, torch.ones(2 * t * 4, 1), (1, 2, 2))
+        out.float().square().sum().backward()
+        return torch.cat([p.grad.flatten() for p in (block.time.weight, block.space.weight)])
+
+    exact = gradient(False)
+    assert (gradient(True) - exact).norm() < 0.02 * exact.norm()
