@@ -15,6 +15,7 @@ import resource
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -182,7 +183,9 @@ def cached_each(name: str, make: Callable[..., object], settings: dict, /, *code
     cores = 1 if torch.cuda.is_available() else joblib.cpu_count()
     jobs = max(1, min(len(todo), cores, 4))
     work = [joblib.delayed(lambda path, setting: (path, make(**setting)))(path, setting) for path, setting in todo.items()]
-    with joblib.parallel_config("loky", inner_max_num_threads=cores // jobs) if jobs > 1 else nullcontext():
+    with warnings.catch_warnings(), nullcontext() if jobs == 1 else joblib.parallel_config(
+            "loky", inner_max_num_threads=cores // jobs):
+        warnings.filterwarnings("ignore", "A worker stopped")       # joblib replaces one that has grown: that is well
         made = joblib.Parallel(jobs, return_as="generator_unordered")(work)
         for path, result in tqdm(made, desc=f"{name}, {jobs} at once", total=len(todo), disable=len(todo) < 2):
             _keep(path, result)
