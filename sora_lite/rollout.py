@@ -12,6 +12,7 @@ import math
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -151,7 +152,7 @@ class Rollout:
         rounds = 1 + math.ceil(max(0, self.frames - first) / (self.done * self.ratio))
         return torch.cat([pictures.cpu() for pictures in tqdm(self, desc, rounds, mininterval=2)], 2)
 
-    @property
+    @cached_property
     def plan(self) -> dict:
         """Everything that determines the video, the weights by a hash."""
         digest = hashlib.sha256()
@@ -176,7 +177,7 @@ class Rollout:
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no whole state of a rollout ({error}): delete {Path(path).parent} to begin "
                              f"anew") from None
-        if differs := [key for key, value in self.plan.items() if plan.get(key) != value]:
+        if differs := [key for key in self.plan if plan.get(key) != self.plan[key]]:
             raise ValueError(f"{path} is the state of another rollout: it differs in {', '.join(differs)}. Give the "
                              f"same settings, delete {Path(path).parent} to begin anew, or write to another file")
         self.tail, self.progress = (state[name].to(self.pipe.device, copy=True) for name in ("tail", "progress"))
