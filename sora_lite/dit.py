@@ -145,10 +145,10 @@ class ConvBlock(nn.Module):
                               for part in self.adaLN(condition).chunk(3, -1))
         cut = lambda y: y.view(b, t, patch[0], h, patch[1], w, patch[2], -1)
         y = modulate(cut(x), shift, scale).view(x.shape).permute(0, 4, 1, 2, 3)     # channels last, as it lies
-        # over time as a 2-D convolution of t x (h w) cells: at t = 2 oneDNN's bfloat16 gradient of the 3-D one is
-        # garbage on processors with AVX-512 and no AMX (torch 2.13)
-        y = F.conv2d(F.silu(self.space(y)).flatten(3), self.time.weight.squeeze(-1), self.time.bias, padding=(1, 0))
-        y = y.view(b, -1, *x.shape[1:4]).permute(0, 2, 3, 4, 1)
+        y = F.silu(self.space(y))
+        # padded by hand at t = 2: oneDNN's bfloat16 gradient is garbage there if it pads itself (torch 2.13, AVX-512)
+        y = self.time(y) if t != 2 else F.conv3d(F.pad(y, (0, 0, 0, 0, 1, 1)), self.time.weight, self.time.bias)
+        y = y.permute(0, 2, 3, 4, 1)
         return torch.addcmul(cut(x), gate, cut(y)).view(x.shape)
 
 
