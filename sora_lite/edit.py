@@ -167,7 +167,8 @@ def window(pipe: SoraLite, first: Tensor | None, last: Tensor | None, frames: in
 def settle(pipe: SoraLite, latents: Tensor, strength: Tensor, prompt: str | None | list[str | None], answers: int, *,
            level: float = 0.5, noise: Tensor | None = None, **how) -> Tensor:
     """The mean of several one-step answers to what was made, each under fresh noise of `level`. What is wrong in one
-    answer and not in the next is averaged away: of neighbouring latent frames, that is a jump from one to the other."""
+    answer and not in the next is averaged away: of neighbouring latent frames, that is a jump from one to the other.
+    `how`: options of `fill`; a noise that it would begin with is not taken, or all answers would be one."""
     again = [fill(pipe, latents, level * strength, prompt, **how | dict(num_inference_steps=1)) for _ in range(answers)]
     return torch.stack(again).mean(0)
 
