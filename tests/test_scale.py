@@ -13,6 +13,11 @@ import pytest
 import torch
 from torch import nn
 
+from sora_lite.shapes import Shapes
+from sora_lite.shards import Stream, read_shards, vocabulary_of, write_shards
+from sora_lite.vae import VideoVAE
+from sora_lite.video import Clip
+
 SCRIPT = Path(__file__).with_name("crew_script.py")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
 
@@ -66,3 +71,119 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, alone, first, 
     assert [p.name for p in tmp_path.glob("step-*")] == ["step-00000004"] and not (tmp_path / "final.pt").exists()
     same(train(tmp_path, *then), alone)
     assert [p.name for p in tmp_path.glob("step-*")] == ["step-00000010"]
+
+
+# shards
+
+class Colours:
+    """A list of clips: item i is 5 frames whose brightness says i."""
+
+    def __init__(self, n=23, bad=()):
+        self.n, self.bad = n, bad
+
+    def __repr__(self):
+        return f"Colours({self.n})"
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        if i in self.bad:
+            raise ValueError(f"clip {i} is broken")
+        return Clip(torch.full((3, 5, 16, 16 + 8 * (i % 2)), i / 50), 8, f"number {i}", source=f"{i}.mp4")
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    torch.manual_seed(0)
+    return VideoVAE(4, widths=(8, 8)).save_pretrained(tmp_path_factory.mktemp("vae"))
+
+
+@pytest.fixture
+def folder(tmp_path, vae):
+    write_shards(tmp_path / "shards", Colours(), vae, per_shard=3, jobs=1)
+    return tmp_path / "shards"
+
+
+def indices(samples):
+    return [about["index"] for _, _, about in samples]
+
+
+@pytest.mark.parametrize("world, workers", [(1, 0), (3, 0), (2, 2), (8, 0)])
+def test_ranks_and_workers_read_every_clip_once(folder, world, workers):
+    seen = [indices(read_shards(folder, seed=1, rank=r, world=world, workers=workers, shuffle=4)) for r in range(world)]
+    assert sorted(sum(seen, [])) == list(range(23))
+    again = [indices(read_shards(folder, seed=1, rank=r, world=world, workers=workers, shuffle=4)) for r in range(world)]
+    assert seen == again
+    other = [indices(read_shards(folder, seed=1, epoch=1, rank=r, world=world, shuffle=4)) for r in range(world)]
+    assert sorted(sum(other, [])) == list(range(23)) and sum(other, []) != sum(seen, [])
+
+
+def test_a_shard_says_what_it_holds_and_latents_are_the_autoencoders(folder, vae):
+    latents, text, about = next(s for s in read_shards(folder) if s[2]["index"] == 7)
+    model = VideoVAE.from_pretrained(vae)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = model.encode(Colours()[7].video[None])[0]
+    torch.testing.assert_close(latents.float(), wanted.float(), atol=0.02, rtol=0.02)
+    assert text == "number 7" and about["source"] == "7.mp4" and about["vae"] and about["world"] == "Colours(23)"
+    assert "number" in vocabulary_of(folder) and "22" in vocabulary_of(folder)
+
+
+def test_writing_goes_on_where_it_stopped_and_refuses_a_mixture(folder, vae, tmp_path):
+    before = {p.name: p.read_bytes() for p in folder.glob("*.tar")}
+    kept = (folder / "shard-000001.tar").stat().st_mtime_ns
+    (folder / "shard-000004.tar").unlink()
+    write_shards(folder, Colours(), vae, per_shard=3, jobs=1)
+    assert {p.name: p.read_bytes() for p in folder.glob("*.tar")} == before
+    assert (folder / "shard-000001.tar").stat().st_mtime_ns == kept
+    with pytest.raises(ValueError, match="made otherwise .seed"):
+        write_shards(folder, Colours(), vae, per_shard=3, seed=5, jobs=1)
+    with pytest.raises(ValueError, match="say how many"):
+        write_shards(tmp_path / "x", Shapes(32, 32, 5), vae)
+    with pytest.raises(FileNotFoundError, match="write_shards"):
+        read_shards(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="8 shards, too few for 9"):
+        read_shards(folder, rank=0, world=9)
+
+
+def test_machines_share_the_work_in_parallel(tmp_path, vae):
+    shapes = Shapes(32, 32, 5)
+    for part in (0, 1):
+        write_shards(tmp_path, shapes, vae, clips=8, per_shard=2, share=(part, 2), jobs=2 - part)
+    assert sorted(indices(read_shards(tmp_path))) == list(range(8))
+    captions = {text for _, text, _ in read_shards(tmp_path)}
+    assert len(captions) > 4                                           # each shard draws numbers of its own
+
+
+def test_damage_is_named_and_skipped(folder, vae):
+    cut, flipped = folder / "shard-000002.tar", folder / "shard-000005.tar"
+    cut.write_bytes(cut.read_bytes()[:cut.stat().st_size // 2])
+    data = bytearray(flipped.read_bytes())
+    data[data.index(b"latents.safetensors") + 512 + 200] ^= 255          # in the first sample's numbers
+    flipped.write_bytes(bytes(data))
+    with pytest.warns(UserWarning) as warned:
+        seen = indices(read_shards(folder, shuffle=1))
+    said = " ".join(str(w.message) for w in warned)
+    assert "shard-000002.tar" in said and "shard-000005.tar" in said and "00000015" in said
+    assert set(range(23)) - set(seen) <= {6, 7, 8, 15} and 15 not in seen and len(seen) == len(set(seen))
+    (folder / "shard-000003.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.warns(UserWarning, match="shard-000003.tar"):
+        seen = indices(read_shards(folder, shuffle=1))
+    assert not {9, 10, 11} & set(seen) and {12, 13, 14, 22} <= set(seen)
+
+
+def test_what_cannot_be_read_is_left_out_of_a_shard(tmp_path, vae):
+    with pytest.warns(UserWarning, match="clip 4 is broken"):
+        write_shards(tmp_path, Colours(6, bad=[4]), vae, per_shard=3, jobs=1)
+    assert sorted(indices(read_shards(tmp_path))) == [0, 1, 2, 3, 5]
+
+
+def test_a_stream_goes_on_at_any_step(folder):
+    through = Stream(folder, 4, part=1, parts=2, seed=3)
+    batches = [through(step, None)[1] for step in range(9)]              # 3 epochs and more
+    for step in (7, 2):
+        assert Stream(folder, 4, part=1, parts=2, seed=3)(step, None)[1] == batches[step]
+    assert through(4, None)[1] == batches[4]
+    first_epoch = sum(batches[:2], [])
+    other = Stream(folder, 4, part=0, parts=2, seed=3)
+    assert not set(first_epoch) & set(sum((other(k, None)[1] for k in range(2)), []))
