@@ -168,6 +168,8 @@ def in_shards(model: nn.Module, crew: Crew) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     model.to(crew.device)
+    if crew.world == 1:
+        return model                                     # nothing to cut
     mesh = init_device_mesh(crew.device.type, (crew.world,))
     for stack in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
         for block in stack:

@@ -15,6 +15,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import joblib
@@ -132,7 +133,8 @@ def _split(urls: list[str], seed: int, epoch: int, rank: int, world: int) -> Ite
     order = random.Random(f"{seed}/{epoch}").sample(urls, len(urls))[rank::world]
     worker = torch.utils.data.get_worker_info()
     for url in order[worker.id::worker.num_workers] if worker else order:
-        yield dict(url=url)
+        with open(url, "rb") as stream:
+            yield dict(url=url, stream=stream)
 
 
 def _skipped(error: Exception) -> bool:
@@ -140,6 +142,12 @@ def _skipped(error: Exception) -> bool:
     reason = str(error.args[0]).split(" @ ")[0] if error.args else type(error).__name__
     warnings.warn(f"shard {error.args[-1] if error.args else '?'} is damaged ({reason}): the rest of it is skipped")
     return True
+
+
+def _samples(streams: Iterator[dict]) -> Iterator[dict]:
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    return group_by_keys(tar_file_expander(streams, handler=_skipped), handler=_skipped)
 
 
 def _counted(samples: Iterator[dict]) -> Iterator[dict]:
@@ -198,8 +206,8 @@ def read_shards(folder: str | Path, *, seed: int = 0, epoch: int = 0, rank: int 
         raise ValueError(f"rank must be in 0 to {world - 1}, got {rank}")
     if len(urls) < world:
         raise ValueError(f"{folder} holds {len(urls)} shards, too few for {world} readers: write more, smaller ones")
-    stages = [lambda: _split(urls, seed, epoch, rank, world), wds.tarfile_to_samples(handler=_skipped), _counted]
-    stages += [lambda samples: _mixed(samples, shuffle, f"{seed}/{epoch}/{rank}/{world}")] if shuffle > 1 else []
+    stages = [partial(_split, urls, seed, epoch, rank, world), _samples, _counted]
+    stages += [partial(_mixed, size=shuffle, name=f"{seed}/{epoch}/{rank}/{world}")] if shuffle > 1 else []
     line = wds.DataPipeline(*stages, _decoded)
     return iter(torch.utils.data.DataLoader(line, batch_size=None, num_workers=workers) if workers else line)
 

@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import nn
 
+from sora_lite.pipeline import SoraLite
+from sora_lite.scale import Settings, launch, main, what_ended, world_of
 from sora_lite.shapes import Shapes
 from sora_lite.shards import Stream, read_shards, vocabulary_of, write_shards
 from sora_lite.vae import VideoVAE
@@ -159,7 +161,7 @@ def test_damage_is_named_and_skipped(folder, vae):
     cut, flipped = folder / "shard-000002.tar", folder / "shard-000005.tar"
     cut.write_bytes(cut.read_bytes()[:cut.stat().st_size // 2])
     data = bytearray(flipped.read_bytes())
-    data[data.index(b"latents.safetensors") + 512 + 200] ^= 255          # in the first sample's numbers
+    data[data.index(b"latents.safetensors") + 512 + 120] ^= 255          # in the first sample's numbers
     flipped.write_bytes(bytes(data))
     with pytest.warns(UserWarning) as warned:
         seen = indices(read_shards(folder, shuffle=1))
@@ -187,3 +189,68 @@ def test_a_stream_goes_on_at_any_step(folder):
     first_epoch = sum(batches[:2], [])
     other = Stream(folder, 4, part=0, parts=2, seed=3)
     assert not set(first_epoch) & set(sum((other(k, None)[1] for k in range(2)), []))
+
+
+# one command
+
+def kill_in_mid_run(process, rank=1):
+    """SIGKILL one rank of a running training as soon as there is a checkpoint; returns what was printed."""
+    said, pid = "", None
+    for line in iter(process.stdout.readline, ""):
+        said += line
+        if found := re.search(rf"rank {rank}.* is process (\d+)", line):
+            pid = int(found[1])
+            break
+    deadline = time.time() + 120
+    while not list(process.folder.glob("step-*")) and time.time() < deadline:
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGKILL)
+    return said + process.stdout.read()
+
+
+def test_a_killed_process_is_named_and_a_restart_goes_on(tmp_path, alone):
+    process = subprocess.Popen(command(2, str(SCRIPT), str(tmp_path), "ddp", "4", "10", "0", "0.3"), env=ENVIRONMENT,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process.folder = tmp_path
+    said = kill_in_mid_run(process)
+    assert process.wait(60) != 0 and not (tmp_path / "final.pt").exists()
+    assert what_ended(said) == "rank 1 was ended by signal 9 (SIGKILL), and the others were stopped", said[-3000:]
+    same(train(tmp_path, "ddp", 1), alone)
+
+
+def settings_of(tmp_path, vae, **options):
+    given = dict(out=str(tmp_path / "out"), vae=str(vae), clips=8, per_shard=2, frames=5, height=32, width=32, model_width=16,
+                 depth=1, heads=2, conv_depth=1, conv_width=8, steps=4, parts=2, batch_size=2, save_every=2, timeout=60.0)
+    return Settings.of(given | options)
+
+
+def test_launch_trains_from_a_world_on_two_processes_and_saves_a_pipeline(tmp_path, vae, capfd):
+    one = launch(settings_of(tmp_path / "one", vae))
+    two = launch(settings_of(tmp_path / "two", vae, strategy="fsdp", recompute=True), processes=2)
+    torch.testing.assert_close(torch.tensor(one["losses"]), torch.tensor(two["losses"]), rtol=2e-2, atol=2e-2)   # bf16
+    a, b = (SoraLite.from_pretrained(tmp_path / name / "out" / "weights") for name in ("one", "two"))
+    for (name, x), y in zip(a.model.state_dict().items(), b.model.state_dict().values()):
+        torch.testing.assert_close(x, y, rtol=0.05, atol=0.02, msg=name)
+    assert a.defaults["frames"] == 5
+    with pytest.raises(ChildProcessError, match="2 parts cannot be shared|rank . ended.*3|multiple"):
+        launch(settings_of(tmp_path / "three", vae, parts=3), processes=2)
+
+
+def test_settings_are_checked(tmp_path, capsys):
+    file = tmp_path / "settings.yaml"
+    file.write_text("stepz: 3\n")
+    assert main(["--config", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert "'stepz'" in said and "did you mean steps" in said and "batch_size" in said and str(file) in said
+    for bad, word in (({"steps": "many"}, "steps must be of type int"), ({"steps": 0}, "steps is too small"),
+                      ({"strategy": "zero"}, "ddp or fsdp"), ({"bf16": 1}, "bf16 must be of type bool"),
+                      ({"device": "tpu"}, "cpu or cuda")):
+        with pytest.raises(ValueError, match=word):
+            Settings.of(bad)
+    file.write_text("steps: [")
+    with pytest.raises(ValueError, match="not a YAML file"):
+        Settings.read(file)
+    with pytest.raises(FileNotFoundError, match="no file of settings"):
+        Settings.read(tmp_path / "other.yaml")
+    with pytest.raises(ValueError, match="photographs, crafter or a folder"):
+        world_of(Settings.of({"data": "nowhere"}))
