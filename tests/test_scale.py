@@ -7,16 +7,22 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from sora_lite.pipeline import SoraLite
+from sora_lite import scaling
+from sora_lite.budget import (Batch, Machine, activation_bytes, bill, flops_of_step, how_to_shard, peak_bytes,
+                              peak_of_training, shape_of, state_bytes, video_tokens)
+from sora_lite.crew import recomputed
+from sora_lite.pipeline import SoraLite, flow_loss
 from sora_lite.scale import Settings, launch, main, what_ended, world_of
 from sora_lite.shapes import Shapes
 from sora_lite.shards import Stream, read_shards, vocabulary_of, write_shards
+from sora_lite.train import optimizers
 from sora_lite.vae import VideoVAE
 from sora_lite.video import Clip
 
@@ -219,7 +225,7 @@ def test_a_killed_process_is_named_and_a_restart_goes_on(tmp_path, alone):
 
 
 def settings_of(tmp_path, vae, **options):
-    given = dict(out=str(tmp_path / "out"), vae=str(vae), clips=8, per_shard=2, frames=5, height=32, width=32, model_width=16,
+    given = dict(out=str(tmp_path / "out"), vae=str(vae), clips=8, per_shard=2, frames=9, height=32, width=32, model_width=16,
                  depth=1, heads=2, conv_depth=1, conv_width=8, steps=4, parts=2, batch_size=2, save_every=2, timeout=60.0)
     return Settings.of(given | options)
 
@@ -231,7 +237,7 @@ def test_launch_trains_from_a_world_on_two_processes_and_saves_a_pipeline(tmp_pa
     a, b = (SoraLite.from_pretrained(tmp_path / name / "out" / "weights") for name in ("one", "two"))
     for (name, x), y in zip(a.model.state_dict().items(), b.model.state_dict().values()):
         torch.testing.assert_close(x, y, rtol=0.05, atol=0.02, msg=name)
-    assert a.defaults["frames"] == 5
+    assert a.defaults["frames"] == 9
     with pytest.raises(ChildProcessError, match="2 parts cannot be shared|rank . ended.*3|multiple"):
         launch(settings_of(tmp_path / "three", vae, parts=3), processes=2)
 
@@ -254,3 +260,85 @@ def test_settings_are_checked(tmp_path, capsys):
         Settings.read(tmp_path / "other.yaml")
     with pytest.raises(ValueError, match="photographs, crafter or a folder"):
         world_of(Settings.of({"data": "nowhere"}))
+
+
+# the planner
+
+def toy(width, depth, clips, grid, **options):
+    patch, (t, h, w) = options.get("patch", (1, 1, 1)), grid
+    torch.manual_seed(0)
+    data = [torch.randn(24, t, h, w) for _ in range(clips)], ["a small red circle moves left on a navy background"] * clips
+    return scaling.build(width, depth, **options), data, Batch([t * h * w // (patch[1] * patch[2])] * clips, [16] * clips)
+
+
+def step(model, data):
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = flow_loss(model, data, torch.Generator().manual_seed(0), patch=model.dit.patch, masked=0.0, unconditional=0.0)
+    loss.backward()
+
+
+@pytest.mark.parametrize("width, depth, clips, grid, options", [
+    (64, 1, 8, (5, 2, 2), {}), (48, 2, 6, (3, 8, 8), {}), (128, 3, 4, (5, 4, 4), {"mlp_ratio": 4.0}),
+    (96, 2, 5, (5, 8, 8), dict(patch=(1, 2, 2), conv_depth=2, conv_width=48))])
+def test_flops_by_formula_are_those_counted(width, depth, clips, grid, options):
+    model, data, batch = toy(width, depth, clips, grid, **options)
+    with FlopCounterMode(display=False) as counter:
+        step(model, data)
+    assert flops_of_step(model, batch)["total"] == pytest.approx(counter.get_total_flops(), rel=0.01)
+    with FlopCounterMode(display=False) as counter, recomputed([*model.dit.blocks, *model.dit.stem, *model.dit.head]):
+        step(model, data)
+    assert flops_of_step(model, batch, recompute=True)["total"] == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+@pytest.mark.parametrize("width, depth, clips, grid", [(64, 2, 8, (5, 2, 2)), (48, 2, 6, (3, 8, 8)), (128, 3, 4, (5, 4, 4))])
+def test_memory_by_formula_is_that_measured(width, depth, clips, grid):
+    model, data, batch = toy(width, depth, clips, grid)
+    for recompute in (False, True):
+        kept, own = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def note(x):
+            kept[x.untyped_storage().data_ptr()] = x
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            with recomputed(model.dit.blocks) if recompute else nullcontext(), torch.autocast("cpu", torch.bfloat16):
+                flow_loss(model, data, torch.Generator().manual_seed(0), patch=(1, 1, 1), masked=0.0, unconditional=0.0)
+        parts = activation_bytes(model, batch, recompute=recompute)
+        parts.pop("one block at work", 0)                                # this was a forward pass only
+        assert sum(parts.values()) == pytest.approx(
+            sum(x.untyped_storage().nbytes() for at, x in kept.items() if at not in own), rel=0.05)
+        model.zero_grad()
+    state = state_bytes(model)
+    peak = peak_bytes(lambda: step(model, data)) + sum(state.values()) - state["gradients"]
+    assert peak_of_training(model, batch) == pytest.approx(peak, rel=0.05)
+
+
+def test_state_is_what_a_training_holds():
+    model, data, _ = toy(32, 1, 2, (2, 2, 2))
+    opts = optimizers(model, 1e-3, 0.02)
+    step(model, data)
+    for o in opts:
+        o.step()
+    held = sum(x.nbytes for o in opts for slots in o.state.values() for x in slots.values() if x.dim())
+    state = state_bytes(model)
+    assert state["optimiser"] == held and state["gradients"] == sum(p.grad.nbytes for p in model.parameters())
+    with torch.device("meta"):
+        assert state_bytes(scaling.build(32, 1)) == state
+
+
+def test_the_planner_counts_tokens_bills_and_shards():
+    assert video_tokens(60, 30, 1080, 1920) == 451 * 68 * 120
+    assert video_tokens(1 / 24, 24, 256, 256, (4, 8, 8)) == 16 * 16                    # an image is a video of one frame
+    b = bill(1e9, 8192, 1e6, utilisation=0.5)
+    assert b["hours"] == pytest.approx(b["flops"] / (989e12 * 0.5 * 3600)) and 0 < b["attention"] < 1
+    depth, width = shape_of(7e9)
+    assert 12 * depth * width ** 2 == pytest.approx(7e9, rel=0.1)
+    small, large = how_to_shard(1e9, 8192, Machine()), how_to_shard(11e9, 76_032, Machine())
+    assert small["strategy"] == "one GPU" and "FSDP" in large["strategy"] and "recomputed" in large["strategy"]
+    assert large["state"] + large["activations"] + large["gathered"] <= 80e9
+    assert "split" in how_to_shard(11e9, 3_000_000, Machine())["strategy"]
+    for call, word in ((lambda: bill(1e9, 10, 1, utilisation=1.2), "utilisation"), (lambda: video_tokens(0, 1, 1, 1), "positive"),
+                       (lambda: how_to_shard(1e12, 10 ** 8, Machine(), most=8), "8 H100s do not hold"),
+                       (lambda: activation_bytes(toy(96, 1, 1, (1, 2, 2), conv_depth=1)[0], Batch([1], [16])), "conv_depth=0")):
+        with pytest.raises(ValueError, match=word):
+            call()
