@@ -145,21 +145,31 @@ class Card:
     clips: str
     licence: str
     page: str
+    get: str
     files: str
     load: Callable
 
 
 CARDS = {
-    "UCF-101": Card("13,320 clips of 101 actions, 27 hours", "none stated on the set's page; films from YouTube, for research",
-                    "https://www.crcv.ucf.edu/data/UCF101.php", "UCF-101/<Class>/*.avi, ucfTrainTestlist/*.txt", ucf101),
-    "Something-Something v2": Card("220,847 clips of hands and things", "see the set's page (research use; an agreement is asked for)",
-                                   "https://www.qualcomm.com/developer/software/something-something-v-2-dataset",
-                                   "labels/*.json, 20bn-something-something-v2/*.webm", something_something),
-    "OpenVid-1M": Card("about a million clips with long captions", "CC BY 4.0 for the set; each film its own",
-                       "https://huggingface.co/datasets/nkp37/OpenVid-1M", "data/train/OpenVid-1M.csv, video/*.mp4", openvid),
-    "Panda-70M": Card("70,723,513 clips of 3,779,763 films, 167 thousand hours, about 36 TB; subsets of 10M and 2M",
-                      "see the set's page (research; the films are YouTube's users')", "https://snap-research.github.io/Panda-70M/",
-                      "what the set's own video2dataset writes: 00000/*.mp4 with *.txt, *.json", panda70m),
-    "Moving MNIST": Card("10,000 clips of 20 frames, 64×64", "see the set's page",
-                         "https://www.cs.toronto.edu/~nitish/unsupervised_video/", "mnist_test_seq.npy", MovingMNIST),
+    "UCF-101": Card(
+        "13,320 clips of 101 actions", "see the set's page; the films are YouTube's users'", "https://www.crcv.ucf.edu/data/UCF101.php",
+        "curl -O https://www.crcv.ucf.edu/data/UCF101/UCF101.rar and, for the lists, "
+        "https://www.crcv.ucf.edu/data/UCF101/UCF101TrainTestSplits-RecognitionTask.zip",
+        "UCF-101/<Class>/*.avi, ucfTrainTestlist/*.txt", ucf101),
+    "Something-Something v2": Card(
+        "220,847 clips of hands and things", "see the set's page (for research, under an agreement)",
+        "https://www.qualcomm.com/developer/software/something-something-v-2-dataset", "by hand, from the set's page",
+        "labels/*.json, 20bn-something-something-v2/*.webm", something_something),
+    "OpenVid-1M": Card(
+        "about a million clips with long captions", "CC BY 4.0 as its page says; each film keeps its own",
+        "https://huggingface.co/datasets/nkp37/OpenVid-1M", "hf download nkp37/OpenVid-1M --repo-type dataset, then unzip into video/",
+        "data/train/OpenVid-1M.csv, video/*.mp4", openvid),
+    "Panda-70M": Card(
+        "70,723,513 clips of 3,779,763 films, 167 thousand hours, about 36 TB; subsets of 10M (8 TB) and 2M (1.6 TB)",
+        "see the set's page (no licence is granted; the films are YouTube's users')", "https://snap-research.github.io/Panda-70M/",
+        'video2dataset (the set\'s own) --url_list="<csv>" --url_col="url" --caption_col="caption" --clip_col="timestamp" '
+        '--output_folder="<folder>" ...', "<folder>/00000/*.mp4 with *.txt, *.json", panda70m),
+    "Moving MNIST": Card(
+        "10,000 clips of 20 frames, 64×64", "see the set's page", "https://www.cs.toronto.edu/~nitish/unsupervised_video/",
+        "curl -O http://www.cs.toronto.edu/~nitish/unsupervised_video/mnist_test_seq.npy", "mnist_test_seq.npy", MovingMNIST),
 }

@@ -10,6 +10,8 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,12 +21,13 @@ from sora_lite.budget import (Batch, Machine, activation_bytes, bill, flops_of_s
                               peak_of_training, shape_of, state_bytes, video_tokens)
 from sora_lite.crew import recomputed
 from sora_lite.pipeline import SoraLite, flow_loss
+from sora_lite.recipes import CARDS, MovingMNIST, openvid, panda70m, something_something, ucf101
 from sora_lite.scale import Settings, launch, main, what_ended, world_of
 from sora_lite.shapes import Shapes
 from sora_lite.shards import Stream, read_shards, vocabulary_of, write_shards
 from sora_lite.train import optimizers
 from sora_lite.vae import VideoVAE
-from sora_lite.video import Clip
+from sora_lite.video import Clip, write
 
 SCRIPT = Path(__file__).with_name("crew_script.py")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -342,3 +345,105 @@ def test_the_planner_counts_tokens_bills_and_shards():
                        (lambda: activation_bytes(toy(96, 1, 1, (1, 2, 2), conv_depth=1)[0], Batch([1], [16])), "conv_depth=0")):
         with pytest.raises(ValueError, match=word):
             call()
+
+
+# recipes, on small files of each set's form
+
+def film(path, brightness=0.0, frames=6):
+    video = torch.full((3, frames, 24, 32), brightness)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix != ".avi":
+        return write(path, video, fps=12)
+    with av.open(str(path), "w", format="avi") as out:                   # as UCF-101: MPEG-4 in AVI
+        stream = out.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 32, 24, "yuv420p"
+        picture = np.full((24, 32, 3), int((brightness + 1) * 127.5), np.uint8)
+        for _ in range(frames):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        out.mux(stream.encode(None))
+    return path
+
+
+def check(videos, captions, brightness):
+    assert [videos[i].caption for i in range(len(videos))] == captions
+    clip = videos[0]
+    assert clip.video.shape == (3, 9, 16, 16) and float(clip.video.mean()) == pytest.approx(brightness, abs=0.1)
+    assert "9 frames of 16x16" in repr(videos)
+
+
+SIZE = dict(height=16, width=16, frames=9, fps=8.0)
+
+
+def test_ucf101(tmp_path, capsys):
+    film(tmp_path / "UCF-101" / "ApplyEyeMakeup" / "v_ApplyEyeMakeup_g08_c01.avi", 0.5)
+    lists = tmp_path / "ucfTrainTestlist"
+    lists.mkdir()
+    (lists / "trainlist01.txt").write_text("ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1\r\nYoYo/v_YoYo_g01_c01.avi 101\r\n")
+    (lists / "testlist01.txt").write_text("ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi\n")
+    videos = ucf101(tmp_path, **SIZE)
+    check(videos, ["apply eye makeup"], 0.5)
+    assert "1 of 2" in capsys.readouterr().out and videos.missing[0].endswith("v_YoYo_g01_c01.avi")
+    assert len(ucf101(tmp_path, "testlist01")) == 1
+    with pytest.raises(FileNotFoundError, match="UCF-101: there is no .*testlist09"):
+        ucf101(tmp_path, "testlist09")
+
+
+def test_something_something(tmp_path):
+    film(tmp_path / "20bn-something-something-v2" / "78687.webm", -0.5)
+    (tmp_path / "labels").mkdir()
+    labels = tmp_path / "labels" / "train.json"
+    labels.write_text(json.dumps([dict(id="78687", label="holding potato next to vicks", template="Holding [something]",
+                                       placeholders=["potato"])]))
+    check(something_something(tmp_path, **SIZE), ["holding potato next to vicks"], -0.5)
+    labels.write_text('{"id": 3}')
+    with pytest.raises(ValueError, match="list of objects with id and label"):
+        something_something(tmp_path)
+    labels.write_text('[{"id": 3, "label": "x"}]')
+    with pytest.raises(FileNotFoundError, match="none of the 1 videos"):
+        something_something(tmp_path)
+
+
+def test_openvid(tmp_path):
+    film(tmp_path / "video" / "celebv_a.mp4", 0.2)
+    table = tmp_path / "data" / "train" / "OpenVid-1M.csv"
+    table.parent.mkdir(parents=True)
+    table.write_text('video,caption,aesthetic score,fps\ncelebv_a.mp4,"A man, smiling, says ""yes""",5.1,24\n')
+    check(openvid(tmp_path, **SIZE), ['A man, smiling, says "yes"'], 0.2)
+    table.write_text("name,text\na,b\n")
+    with pytest.raises(ValueError, match="columns video and caption"):
+        openvid(tmp_path)
+
+
+def test_panda70m(tmp_path):
+    for i, brightness in enumerate((0.0, 0.3, 0.1)):
+        film(tmp_path / "00000" / f"0000_{i:05d}.mp4", brightness)
+    (tmp_path / "00000" / "0000_00000.txt").write_text("a dog runs")
+    (tmp_path / "00000" / "0000_00001.json").write_text('{"caption": "a cat, \'sleeping\'"}')
+    (tmp_path / "00000" / "0000_00002.txt").write_text("['two men talk', 'a street']")
+    check(panda70m(tmp_path, **SIZE), ["a dog runs", "a cat, 'sleeping'", "two men talk"], 0.0)
+    with pytest.raises(FileNotFoundError, match="Panda-70M"):
+        panda70m(tmp_path / "no")
+
+
+def test_moving_mnist(tmp_path, vae):
+    array = np.zeros((20, 3, 64, 64), np.uint8)
+    array[:, 1] = 255
+    np.save(tmp_path / "mnist_test_seq.npy", array)
+    videos = MovingMNIST(tmp_path, height=16, width=16, frames=9)
+    assert len(videos) == 3 and videos[0].video.shape == (3, 9, 16, 16)
+    assert float(videos[0].video.max()) == -1 and float(videos[1].video.min()) == 1
+    write_shards(tmp_path / "shards", videos, vae, per_shard=2, jobs=1)
+    assert sorted(indices(read_shards(tmp_path / "shards"))) == [0, 1, 2]
+    np.save(tmp_path / "mnist_test_seq.npy", np.zeros((3, 4)))
+    with pytest.raises(ValueError, match="must hold bytes"):
+        MovingMNIST(tmp_path)
+    (tmp_path / "mnist_test_seq.npy").write_bytes(b"x" * 50)
+    with pytest.raises(ValueError, match="no whole array"):
+        MovingMNIST(tmp_path)
+    with pytest.raises(FileNotFoundError, match="Moving MNIST"):
+        MovingMNIST(tmp_path / "no")
+
+
+def test_each_card_has_what_one_must_know():
+    for name, card in CARDS.items():
+        assert card.clips and card.licence and card.page.startswith("https://") and card.get and card.files and callable(card.load)
