@@ -49,7 +49,8 @@ class Through:
 class Crew(Engine):
     """Processes that train one model together. Each calls `fit` with the same arguments and its own crew.
 
-    A model that lies in shards already (`in_shards`) stays so; any other is copied to each process (DDP).
+    A model that lies in shards already (`in_shards`) stays so; any other is copied to each process (DDP). `watch` is
+    called on every process. Checkpoint folders must lie where all processes see them.
     """
     alone = False
 
@@ -85,7 +86,8 @@ class Crew(Engine):
     def found(self, folder: Path) -> Path | None:
         return max((p for p in Path(folder).glob("step-*") if p.is_dir()), default=None)
 
-    def save(self, folder: Path, plan: dict, model: nn.Module, average: list[Tensor], opts: list, history: dict) -> None:
+    def save(self, folder: Path, plan: dict, model: nn.Module, average: list[Tensor], opts: list,
+             history: dict) -> None:
         write_sharded(Path(folder) / f"step-{history['steps']:08d}", tensors_of(model, average, opts),
                       dict(plan=plan, history=history), self)
 

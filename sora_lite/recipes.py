@@ -5,6 +5,8 @@ __all__ = ['CARDS', 'Videos', 'ucf101', 'something_something', 'openvid', 'panda
 
 # %% ../notebooks/16_scale.ipynb #5c8c2b95
 """Public video sets: what they are, and code that reads their files as lists of clips."""
+import ast
+import contextlib
 import csv
 import json
 import re
@@ -41,7 +43,8 @@ class Videos:
 
     def __getitem__(self, i: int) -> Clip:
         path, caption = self.files[i]
-        clip = read(path, frames=self.frames, fps=self.fps, size=None if self.height is None else (self.height, self.width))
+        size = None if self.height is None else (self.height, self.width)
+        clip = read(path, frames=self.frames, fps=self.fps, size=size)
         short = (self.frames or 0) - clip.video.shape[1]
         if short > 0:
             clip.video = torch.cat([clip.video, clip.video[:, -1:].expand(-1, short, -1, -1)], 1)
@@ -51,7 +54,8 @@ class Videos:
 
 def _there(name: str, listed: list[tuple[Path, str]], folder: Path, **size) -> Videos:
     """Those of the listed files that are there; FileNotFoundError if none is."""
-    files, missing = [pair for pair in listed if pair[0].is_file()], [str(path) for path, _ in listed if not path.is_file()]
+    files = [pair for pair in listed if pair[0].is_file()]
+    missing = [str(path) for path, _ in listed if not path.is_file()]
     if not files:
         raise FileNotFoundError(f"{name}: none of the {len(listed)} videos that the list names is in {folder}"
                                 + (f" ({missing[0]}, for one)" if missing else ""))
@@ -67,7 +71,8 @@ def _need(path: Path, name: str) -> Path:
 
 # %% ../notebooks/16_scale.ipynb #49800400
 def ucf101(folder: str | Path, split: str = "trainlist01", **size) -> Videos:
-    """UCF-101: `UCF-101/<Class>/v_<Class>_g01_c01.avi` and `ucfTrainTestlist/<split>.txt`; the caption is the class in words."""
+    """UCF-101: `UCF-101/<Class>/v_<Class>_g01_c01.avi`, listed in `ucfTrainTestlist/<split>.txt`; the caption is the
+    class in words."""
     folder = Path(folder)
     lines = _need(folder / "ucfTrainTestlist" / f"{split}.txt", "UCF-101").read_text().split("\n")
     listed = []
@@ -79,7 +84,8 @@ def ucf101(folder: str | Path, split: str = "trainlist01", **size) -> Videos:
 
 
 def something_something(folder: str | Path, split: str = "train", **size) -> Videos:
-    """Something-Something v2: `labels/<split>.json`, a list of {id, label, ...}, and `20bn-something-something-v2/<id>.webm`."""
+    """Something-Something v2: `labels/<split>.json`, a list of objects with id and label, and
+    `20bn-something-something-v2/<id>.webm`."""
     folder = Path(folder)
     path = _need(folder / "labels" / f"{split}.json", "Something-Something v2")
     try:
@@ -102,20 +108,27 @@ def openvid(folder: str | Path, table: str = "data/train/OpenVid-1M.csv", **size
 
 
 def panda70m(folder: str | Path, **size) -> Videos:
-    """Panda-70M as its own video2dataset leaves it: folders `00000`, `00001`, ... of `<key>.mp4` and, beside each, `<key>.txt`
-    or `<key>.json` with the caption (a list of captions: the first)."""
+    """Panda-70M as its own video2dataset leaves it: folders `00000`, `00001`, ... of `<key>.mp4` and, beside each,
+    `<key>.txt` or `<key>.json` with the caption (a list of captions: the first)."""
     listed = []
     for path in sorted(_need(Path(folder), "Panda-70M").rglob("*.mp4")):
-        text, notes = path.with_suffix(".txt"), path.with_suffix(".json")
-        caption = text.read_text().strip() if text.is_file() else json.loads(notes.read_text()).get("caption", "") if notes.is_file() else ""
-        if caption.startswith("["):
-            caption = re.split(r"""['"],\s*['"]""", caption.strip("[]"))[0].strip("'\" ")
+        text, notes, caption = path.with_suffix(".txt"), path.with_suffix(".json"), ""
+        if text.is_file():
+            caption = text.read_text().strip()
+        elif notes.is_file():
+            caption = json.loads(notes.read_text()).get("caption") or ""
+        if isinstance(caption, str) and caption.startswith("["):
+            with contextlib.suppress(ValueError, SyntaxError):
+                caption = ast.literal_eval(caption)              # a list, written as Python prints it
         listed.append((path, caption[0] if isinstance(caption, list) else caption))
     return _there("Panda-70M", listed, Path(folder), **size)
 
 # %% ../notebooks/16_scale.ipynb #3a338851
 class MovingMNIST:
-    """Moving MNIST, `mnist_test_seq.npy` `[20, N, 64, 64]`, as a list of clips; ValueError for another file. It has no captions."""
+    """Moving MNIST, `mnist_test_seq.npy` `[20, N, 64, 64]`, as a list of clips; it has no captions of its own.
+
+    FileNotFoundError if it is not there, ValueError if it is another file.
+    """
 
     def __init__(self, folder: str | Path, *, height: int = 64, width: int = 64, frames: int = 20, fps: float = 8):
         path = _need(Path(folder) / "mnist_test_seq.npy", "Moving MNIST")
@@ -124,7 +137,8 @@ class MovingMNIST:
         except (ValueError, EOFError) as error:
             raise ValueError(f"{path} is no whole array ({error})") from None
         if self.array.ndim != 4 or self.array.dtype != np.uint8 or not 1 <= frames <= len(self.array):
-            raise ValueError(f"{path} must hold bytes [T, N, H, W] with at least {frames} frames, has {self.array.shape}")
+            raise ValueError(f"{path} must hold bytes [T, N, H, W] with at least {frames} frames, it has "
+                             f"{self.array.shape}")
         self.height, self.width, self.frames, self.fps = height, width, frames, fps
 
     def __repr__(self) -> str:
@@ -152,7 +166,8 @@ class Card:
 
 CARDS = {
     "UCF-101": Card(
-        "13,320 clips of 101 actions", "see the set's page; the films are YouTube's users'", "https://www.crcv.ucf.edu/data/UCF101.php",
+        "13,320 clips of 101 actions", "see the set's page; the films are YouTube's users'",
+        "https://www.crcv.ucf.edu/data/UCF101.php",
         "curl -O https://www.crcv.ucf.edu/data/UCF101/UCF101.rar and, for the lists, "
         "https://www.crcv.ucf.edu/data/UCF101/UCF101TrainTestSplits-RecognitionTask.zip",
         "UCF-101/<Class>/*.avi, ucfTrainTestlist/*.txt", ucf101),
@@ -162,14 +177,18 @@ CARDS = {
         "labels/*.json, 20bn-something-something-v2/*.webm", something_something),
     "OpenVid-1M": Card(
         "about a million clips with long captions", "CC BY 4.0 as its page says; each film keeps its own",
-        "https://huggingface.co/datasets/nkp37/OpenVid-1M", "hf download nkp37/OpenVid-1M --repo-type dataset, then unzip into video/",
+        "https://huggingface.co/datasets/nkp37/OpenVid-1M",
+        "hf download nkp37/OpenVid-1M --repo-type dataset, then unzip into video/",
         "data/train/OpenVid-1M.csv, video/*.mp4", openvid),
     "Panda-70M": Card(
         "70,723,513 clips of 3,779,763 films, 167 thousand hours, about 36 TB; subsets of 10M (8 TB) and 2M (1.6 TB)",
-        "see the set's page (no licence is granted; the films are YouTube's users')", "https://snap-research.github.io/Panda-70M/",
-        'video2dataset (the set\'s own) --url_list="<csv>" --url_col="url" --caption_col="caption" --clip_col="timestamp" '
-        '--output_folder="<folder>" ...', "<folder>/00000/*.mp4 with *.txt, *.json", panda70m),
+        "see the set's page (no licence is granted; the films are YouTube's users')",
+        "https://snap-research.github.io/Panda-70M/",
+        'video2dataset (the set\'s own) --url_list="<csv>" --url_col="url" --caption_col="caption" '
+        '--clip_col="timestamp" --output_folder="<folder>" ...', "<folder>/00000/*.mp4 with *.txt, *.json", panda70m),
     "Moving MNIST": Card(
-        "10,000 clips of 20 frames, 64×64", "see the set's page", "https://www.cs.toronto.edu/~nitish/unsupervised_video/",
-        "curl -O http://www.cs.toronto.edu/~nitish/unsupervised_video/mnist_test_seq.npy", "mnist_test_seq.npy", MovingMNIST),
+        "10,000 clips of 20 frames, 64×64", "see the set's page",
+        "https://www.cs.toronto.edu/~nitish/unsupervised_video/",
+        "curl -O http://www.cs.toronto.edu/~nitish/unsupervised_video/mnist_test_seq.npy", "mnist_test_seq.npy",
+        MovingMNIST),
 }

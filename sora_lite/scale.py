@@ -86,8 +86,8 @@ class Settings:
         for name in given:
             if name not in known:
                 near = difflib.get_close_matches(str(name), known, 1)
-                raise ValueError(f"{where}: there is no setting {name!r}{f' (did you mean {near[0]}?)' if near else ''}; "
-                                 f"there are {', '.join(known)}")
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                raise ValueError(f"{where}: there is no setting {name!r}{hint}; there are {', '.join(known)}")
         return cls(**given)
 
     @classmethod
@@ -190,13 +190,15 @@ def launch(settings: Settings, processes: int = 1) -> dict:
     config = write_atomically(out / "settings.yaml", lambda p: p.write_text(json.dumps(dataclasses.asdict(settings))))
     command = ["-m", "sora_lite.train", "--config", str(config)]
     if processes > 1:
-        command = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1",
-                   "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no", *command]
+        command = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes),
+                   "--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no",
+                   "--dynamo_backend", "no", *command]
     package = str(Path(importlib.util.find_spec("sora_lite").origin).parents[1])
     env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))} | os.environ
     env["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     said = ""
-    with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env) as process:
+    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    with subprocess.Popen([sys.executable, *command], env=env, **pipe) as process:
         try:
             while piece := process.stdout.read1(4096):
                 text = piece.decode(errors="replace")

@@ -215,7 +215,8 @@ def read_shards(folder: str | Path, *, seed: int = 0, epoch: int = 0, rank: int 
 class Stream:
     """Batches of one part for `fit`: (latents, captions) without end, epoch after epoch.
 
-    Called with step k it gives clips k * batch_size and following, whatever was asked before; steps in order cost nothing.
+    Called with step k it gives clips k * batch_size and following, whatever was asked before; steps in order are
+    read once.
     """
 
     def __init__(self, folder: str | Path, batch_size: int, *, part: int = 0, parts: int = 1, seed: int = 0,

@@ -17,7 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from sora_lite import scaling
-from sora_lite.budget import (Batch, Machine, activation_bytes, bill, flops_of_step, how_to_shard, peak_bytes,
+from sora_lite.budget import (Batch, Machine, activation_bytes, bill, flops_of_step, how_to_shard, muon_cost, peak_bytes,
                               peak_of_training, shape_of, state_bytes, video_tokens)
 from sora_lite.crew import recomputed
 from sora_lite.pipeline import SoraLite, flow_loss
@@ -25,7 +25,7 @@ from sora_lite.recipes import CARDS, MovingMNIST, openvid, panda70m, something_s
 from sora_lite.scale import Settings, launch, main, what_ended, world_of
 from sora_lite.shapes import Shapes
 from sora_lite.shards import Stream, read_shards, vocabulary_of, write_shards
-from sora_lite.train import optimizers
+from sora_lite.train import optimizers, orthogonalize
 from sora_lite.vae import VideoVAE
 from sora_lite.video import Clip, write
 
@@ -447,3 +447,15 @@ def test_moving_mnist(tmp_path, vae):
 def test_each_card_has_what_one_must_know():
     for name, card in CARDS.items():
         assert card.clips and card.licence and card.page.startswith("https://") and card.get and card.files and callable(card.load)
+
+
+def test_what_muon_adds_is_what_is_counted():
+    model = scaling.build(64, 2)
+    shapes = [p.reshape(len(p), -1) for o in optimizers(model, 1e-3, 0.02) if type(o).__name__ == "Muon"
+              for group in o.param_groups for p in group["params"]]
+    with FlopCounterMode(display=False) as counter:
+        for p in shapes:
+            orthogonalize(p[None].detach())
+    cost = muon_cost(model)
+    assert cost["flops"] == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert cost["gathered"] == 4 * sum(p.numel() for p in shapes)
