@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .diffusion import sample, schedule, shift_for_tokens
-from .edit import Source, between, crossfade, fill, paired, recoded, take
+from .edit import Source, between, crossfade, extend, fill, paired, recoded, take, window
 from .patches import grid_of, patchify
 from .pipeline import BASE, SoraLite
 from .shapes import Shapes
@@ -64,17 +64,25 @@ def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
 
 # %% ../notebooks/10_blend.ipynb #5341b6e4
 def connect(pipe: SoraLite, first: Source, second: Source, prompts: tuple[str | list[str], str | list[str]], *,
-            frames: int = 11, noise: bool = False, conditioning: bool = True, blend: int = 0, **how) -> Tensor:
+            frames: int = 11, dissolve: bool = True, noise: bool = False, conditioning: bool = True, blend: int = 3,
+            **how) -> Tensor:
     """Two clips with 4k - 1 new frames between them that turn one into the other: `[B, 3, T1 + frames + T2, H, W]`.
 
-    prompts: what each shows. conditioning: go over from one prompt to the other frame by frame (else switch in the
+    prompts: what each shows. dissolve: both clips go on, and one dissolves into the other; else the frames are made
+    from both ends at once: conditioning: go over from one prompt to the other frame by frame (else switch in the
     middle); noise: begin from the noise of both clips, inverted and interpolated. Both clips come back as the
-    autoencoder gives them; blend: frames at each join that fade. ValueError for clips of different sizes.
+    autoencoder gives them; blend: frames at each join that fade. `how`: options of `edit.between` and `edit.fill`,
+    here with no guidance, context 2 and smooth 4 to begin with. ValueError for clips of different sizes.
     """
+    how = dict(guidance_scale=1.0, context=2, smooth=4) | how
     (a, said_a), (b, said_b) = paired(take(pipe, first), prompts[0]), paired(take(pipe, second), prompts[1])
     n = max(len(a), len(b))
     (a, said_a), (b, said_b) = paired(a, said_a * (n // len(a))), paired(b, said_b * (n // len(b)))
     known = pipe.defaults["frames"]
+    if dissolve:
+        window(pipe, a, b, frames)                                      # refuses what does not fit
+        return crossfade(extend(pipe, a, said_a, after=frames + 1, blend=blend, **how)[:, :, :-1],
+                         extend(pipe, b, said_b, before=frames + 1, blend=blend, **how)[:, :, 1:], frames)
 
     def prepare(strength: Tensor) -> dict:
         """Options for `fill`: predictions that go over from a to b, and noise that does."""

@@ -120,7 +120,7 @@ def parameters(*modules: torch.nn.Module) -> int:
     return sum(p.numel() for m in modules for p in m.parameters() if p.requires_grad)
 
 # %% ../notebooks/A_lab.ipynb #49bfe95d
-def cache_path(name: str, *code: Callable, **key) -> Path:
+def cache_path(name: str, /, *code: Callable, **key) -> Path:
     """Where what `code` makes with the settings `key` is kept: runs/<profile>/cache/<name>-<hash>.
 
     The hash is of the settings, of the source of the functions named, and of the loaded modules of `sora_lite`.
@@ -135,7 +135,7 @@ def cache_path(name: str, *code: Callable, **key) -> Path:
     return run_dir() / "cache" / f"{name}-{digest.hexdigest()[:12]}"
 
 
-def cached(name: str, make: Callable[[], object], *code: Callable, **key):
+def cached(name: str, make: Callable[[], object], /, *code: Callable, **key):
     """What `make()` returned when it was last asked for with this `key`; if it never was, make it and write it down.
 
     name: chapter and experiment, such as "06-sweep". What is made must be numbers, strings, lists and dicts, or a
@@ -169,7 +169,7 @@ def fingerprint(folder: Path) -> str:
     return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()
 
 # %% ../notebooks/A_lab.ipynb #181d1e8c
-def cached_each(name: str, make: Callable[..., object], settings: dict, *code: Callable, **key) -> dict:
+def cached_each(name: str, make: Callable[..., object], settings: dict, /, *code: Callable, **key) -> dict:
     """`cached` for each of several settings: {label: `make(**setting)`}, from {label: setting}.
 
     The source of `make` counts as `code`, and a setting as `key`. Those not yet made are made side by side, at most

@@ -75,13 +75,25 @@ def test_the_arc_keeps_the_length_of_noise(generator):
     assert slerp(a, a, torch.full((500,), 0.5)).sub(a).abs().max() < 1e-2
 
 
-@pytest.mark.parametrize("noise", [False, True])
-@pytest.mark.parametrize("conditioning", [False, True])
-def test_connected_clips_keep_both_ends(noise, conditioning):
+@pytest.mark.parametrize("blend", [0, 2])
+@pytest.mark.parametrize("way", [dict(), dict(dissolve=False), dict(dissolve=False, conditioning=False),
+                                 dict(dissolve=False, noise=True), dict(dissolve=False, noise=True, conditioning=False)])
+def test_connected_clips_keep_both_ends(way, blend):
     a, b = clip(9, n=2), clip(5, n=2, seed=1)
-    out = connect(PIPE, a, b, (PROMPT, OTHER), frames=7, noise=noise, conditioning=conditioning, generator=seeded())
+    out = connect(PIPE, a, b, (PROMPT, OTHER), frames=7, blend=blend, **way, generator=seeded())
     assert out.shape == (2, 3, 21, 32, 32) and out.isfinite().all()
-    assert torch.equal(out[:, :, :9], recoded(PIPE, a)) and torch.equal(out[:, :, -5:], recoded(PIPE, b))
+    assert torch.equal(out[:, :, :9 - blend], recoded(PIPE, a)[:, :, :9 - blend])
+    assert torch.equal(out[:, :, -5 + blend:], recoded(PIPE, b)[:, :, blend:])
+
+
+def test_a_dissolve_shows_the_first_clip_less_and_less(monkeypatch):
+    """With clips that go on as black and as white, the way between them rises evenly."""
+    flat = {PROMPT: -1.0, OTHER: 1.0}
+    monkeypatch.setattr(blend, "extend", lambda pipe, clip, said, after=0, before=0, **how: torch.full(
+        (1, 3, clip.shape[2] + after + before, 32, 32), flat[said[0]]))
+    level = connect(PIPE, clip(5), clip(5), (PROMPT, OTHER), frames=7)[0, 0, :, 0, 0]
+    assert level[:5].eq(-1).all() and level[-5:].eq(1).all()
+    assert torch.allclose(level[4:13].diff(), torch.full((8,), 0.25))
 
 
 def test_one_clip_leads_to_several_and_both_prompts_count():
@@ -97,7 +109,8 @@ def test_the_share_rises_from_one_prompt_to_the_other(monkeypatch):
     seen = []
     monkeypatch.setattr(blend, "blended", lambda predicts, weights: seen.append(weights) or predicts[0])
     for conditioning in (True, False):
-        connect(PIPE, clip(5), clip(5), (PROMPT, OTHER), frames=11, conditioning=conditioning, generator=seeded())
+        connect(PIPE, clip(5), clip(5), (PROMPT, OTHER), frames=11, dissolve=False, conditioning=conditioning, context=1,
+                smooth=0, blend=0, generator=seeded())
     soft, hard = (w[1, 0].view(5, 4)[:, 0] for w in seen)                    # one given, three made, one given
     assert torch.allclose(soft[:4], torch.tensor([0, 0.25, 0.5, 0.75])) and hard[:4].tolist() == [0, 0, 1, 1]
     assert all(torch.allclose(w.sum(0), torch.ones(1)) for w in seen)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sora_lite import edit
 from sora_lite.dit import DiT
 from sora_lite.edit import (animate, behind_still, between, box, crossfade, extend, feather, fill, inpaint, interpolate,
-                            loop, outpaint, pixels_of, recoded, ring, steered, take, tokens_of, window)
+                            loop, outpaint, pixels_of, recoded, ring, settle, steered, take, tokens_of, window)
 from sora_lite.pipeline import Denoiser, SoraLite
 from sora_lite.shapes import Shapes, vocabulary
 from sora_lite.text import TextEncoder
@@ -238,7 +238,7 @@ def test_numbers_of_frames_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="one picture, got 5 frames"):
         animate(PIPE, clip(5), PROMPT)
     with pytest.raises(ValueError, match="at most 1, or a larger context"):
-        loop(PIPE, clip(17), PROMPT, blend=3)
+        loop(PIPE, clip(17), PROMPT, blend=3, context=1)
     with pytest.raises(ValueError, match="never saw the word"):
         animate(PIPE, clip(1), "a crimson disc", generator=seeded())
 
@@ -289,6 +289,16 @@ def test_loops_hold_the_clip_and_close(frames, blend):
     out = loop(PIPE, video, PROMPT, frames=frames, blend=blend, generator=seeded())
     assert out.shape[2] == 9 + frames
     assert torch.equal(out[:, :, blend:9 - blend], recoded(PIPE, video)[:, :, blend:9 - blend])
+
+
+def test_settling_is_a_mean_of_answers_and_leaves_the_given_alone():
+    latents, strength, _ = window(PIPE, clip(9), clip(9), 7, None)
+    generator = seeded()
+    answers = [settle(PIPE, latents, strength, PROMPT, 1, generator=generator) for _ in range(3)]
+    mean = settle(PIPE, latents, strength, PROMPT, 3, generator=seeded())
+    assert torch.allclose(mean, torch.stack(answers).mean(0), atol=1e-5)
+    given = (strength == 0).flatten()
+    assert torch.allclose(mean[:, :, given], latents[:, :, given], atol=1e-6) and (answers[0] - answers[1]).abs().max() > 1e-3
 
 
 def test_a_ring_blends_both_joins():

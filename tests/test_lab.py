@@ -131,6 +131,11 @@ def test_cached_each_makes_side_by_side_what_is_missing_and_keeps_the_order(tmp_
         (calls / f"{x}-{os.getpid()}").touch()
         return dict(value=float(x**power), table=torch.full((2,), float(x)))
 
+    def named(name, make):
+        return name + make
+
+    assert lab.cached_each("06-named", named, {0: dict(name="a", make="b")}) == {0: "ab"}    # settings of any name
+
     first = lab.cached_each("06-each", make, {"c": dict(x=3, power=2), "a": dict(x=1, power=2)})
     assert [(k, r["value"]) for k, r in first.items()] == [("c", 9), ("a", 1)] and first["c"]["table"].tolist() == [3, 3]
     again = lab.cached_each("06-each", make, {x: dict(x=x, power=2) for x in (1, 2, 3)})
