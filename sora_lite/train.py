@@ -379,6 +379,6 @@ class Pretrained:
                              f"unexpected {missing.unexpected_keys[:3]}")
         return model.to(device).eval()
 
-# %% ../notebooks/02_compression.ipynb #34b56f1c
+# %% ../notebooks/02_compression.ipynb #dde0c82e
 if __name__ == "__main__" and __spec__ is not None:     # python -m sora_lite.train: what chapter 16 makes of a file of settings
     sys.exit(importlib.import_module("sora_lite.scale").main())
