@@ -145,6 +145,7 @@ def read_sharded(path: Path, model: nn.Module, average: list[Tensor], opts: list
     """Read a checkpoint folder into a model, its average and its optimisers, however they are cut."""
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException        # not an Exception, by its own account
 
     params = dict(model.named_parameters())
     owner = {p: o for o in opts for group in o.param_groups for p in group["params"]}
@@ -158,9 +159,8 @@ def read_sharded(path: Path, model: nn.Module, average: list[Tensor], opts: list
                 owner[p].state[p][slot] = (torch.zeros_like(p) if about.size == p.shape else
                                            torch.zeros(about.size, dtype=about.properties.dtype, device=device))
         dcp.load(tensors_of(model, average, opts), checkpoint_id=path, no_dist=not dist.is_initialized())
-    except Exception as error:
-        raise ValueError(f"the checkpoint {path} cannot be read ({error}): delete it to go on from an older one or to "
-                         f"begin again") from error
+    except (Exception, CheckpointException) as error:
+        raise ValueError(f"the checkpoint {path} cannot be read ({error}): delete it to begin again") from error
 
 # %% ../notebooks/16_scale.ipynb #955f7e06
 def in_shards(model: nn.Module, crew: Crew) -> nn.Module:

@@ -9,25 +9,28 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sora_lite import scaling
 from sora_lite.budget import (Batch, Machine, activation_bytes, bill, flops_of_step, how_to_shard, muon_cost, peak_bytes,
                               peak_of_training, shape_of, state_bytes, video_tokens)
-from sora_lite.crew import recomputed
+from sora_lite.crew import Crew, accelerator, recomputed
 from sora_lite.pipeline import SoraLite, flow_loss
 from sora_lite.recipes import CARDS, MovingMNIST, openvid, panda70m, something_something, ucf101
 from sora_lite.scale import Settings, launch, main, what_ended, world_of
 from sora_lite.shapes import Shapes
 from sora_lite.shards import Stream, read_shards, vocabulary_of, write_shards
-from sora_lite.train import optimizers, orthogonalize
+from sora_lite.train import fit, optimizers, orthogonalize
 from sora_lite.vae import VideoVAE
 from sora_lite.video import Clip, write
+from sora_lite.worlds import Folder
 
 SCRIPT = Path(__file__).with_name("crew_script.py")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -76,7 +79,7 @@ def test_two_processes_make_what_one_makes(tmp_path, alone, strategy):
     same(train(tmp_path, strategy), alone)
 
 
-@pytest.mark.parametrize("first, then", [(("ddp", 2), ("fsdp", 1)), (("fsdp", 2), ("ddp", 1))])
+@pytest.mark.parametrize("first, then", [(("ddp", 1), ("fsdp", 2)), (("fsdp", 2), ("ddp", 1))])
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path, alone, first, then):
     train(tmp_path, *first, stop=6)
     assert [p.name for p in tmp_path.glob("step-*")] == ["step-00000004"] and not (tmp_path / "final.pt").exists()
@@ -241,8 +244,15 @@ def test_launch_trains_from_a_world_on_two_processes_and_saves_a_pipeline(tmp_pa
     for (name, x), y in zip(a.model.state_dict().items(), b.model.state_dict().values()):
         torch.testing.assert_close(x, y, rtol=0.05, atol=0.02, msg=name)
     assert a.defaults["frames"] == 9
-    with pytest.raises(ChildProcessError, match="2 parts cannot be shared|rank . ended.*3|multiple"):
-        launch(settings_of(tmp_path / "three", vae, parts=3), processes=2)
+
+
+def test_a_failed_launch_is_a_sentence_and_parts_must_be_dealt_out_evenly(tmp_path):
+    with pytest.raises(ChildProcessError, match="there is no folder|holds no config.json.*no checkpoint yet"):
+        launch(settings_of(tmp_path, tmp_path))
+    crew = Crew(SimpleNamespace(device=torch.device("cpu"), is_main_process=False, process_index=1, num_processes=2))
+    assert crew.mine(6) == [1, 3, 5]
+    with pytest.raises(ValueError, match="3 parts cannot be shared evenly among 2 processes: make parts a multiple of 2"):
+        crew.mine(3)
 
 
 def test_settings_are_checked(tmp_path, capsys):
@@ -459,3 +469,34 @@ def test_what_muon_adds_is_what_is_counted():
     cost = muon_cost(model)
     assert cost["flops"] == pytest.approx(counter.get_total_flops(), rel=0.01)
     assert cost["gathered"] == 4 * sum(p.numel() for p in shapes)
+
+
+def test_a_folder_of_videos_goes_into_shards(tmp_path, vae):
+    for i in range(3):
+        film(tmp_path / "films" / f"{i}.mp4", i / 4)
+        (tmp_path / "films" / f"{i}.txt").write_text(f"film {i}")
+    world = Folder(tmp_path / "films", height=16, width=16, frames=5, fps=8)
+    write_shards(tmp_path / "shards", world, vae, clips=6, per_shard=3, jobs=1)
+    samples = list(read_shards(tmp_path / "shards"))
+    assert len(samples) == 6 and {text for _, text, _ in samples} <= {"film 0", "film 1", "film 2"}
+    assert all(about["source"].endswith(".mp4") and about["video"] == [3, 5, 16, 16] for _, _, about in samples)
+
+
+def test_a_broken_sharded_checkpoint_and_one_of_another_run_are_named(tmp_path):
+    crew = Crew(accelerator("cpu"))
+
+    def train(**options):
+        torch.manual_seed(0)
+        return fit(nn.Linear(4, 4), lambda k, g: torch.randn(8, 4, generator=g), lambda m, x, g: m(x).square().mean(),
+                   **dict(steps=4, bf16=False, folder=tmp_path, engine=crew) | options)
+
+    train()
+    assert len(train().losses) == 4                                      # nothing left to do
+    with pytest.raises(ValueError, match="step-00000004 belongs to another run"):
+        train(lr=1.0)
+    file = next((tmp_path / "step-00000004").glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match="step-00000004 cannot be read"):
+        train()
+    with pytest.raises(ValueError, match="2 parts needs one batch function, or one for each"):
+        fit(nn.Linear(1, 1), [len], len, steps=1, parts=2)
