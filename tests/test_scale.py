@@ -1,0 +1,502 @@
+"""Many processes compute what one does; a killed one is named; shards lose and repeat nothing; formulas meet counts."""
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sora_lite import scaling
+from sora_lite.budget import (Batch, Machine, activation_bytes, bill, flops_of_step, how_to_shard, muon_cost, peak_bytes,
+                              peak_of_training, shape_of, state_bytes, video_tokens)
+from sora_lite.crew import Crew, accelerator, recomputed
+from sora_lite.pipeline import SoraLite, flow_loss
+from sora_lite.recipes import CARDS, MovingMNIST, openvid, panda70m, something_something, ucf101
+from sora_lite.scale import Settings, launch, main, what_ended, world_of
+from sora_lite.shapes import Shapes
+from sora_lite.shards import Stream, read_shards, vocabulary_of, write_shards
+from sora_lite.train import fit, optimizers, orthogonalize
+from sora_lite.vae import VideoVAE
+from sora_lite.video import Clip, write
+from sora_lite.worlds import Folder
+
+SCRIPT = Path(__file__).with_name("crew_script.py")
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+
+
+def command(processes: int, *script: str) -> list[str]:
+    if processes == 1:
+        return [sys.executable, *script]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port),
+            *script]
+
+
+def train(out, strategy="ddp", processes=2, parts=4, steps=10, stop=0, pause=0.0):
+    done = subprocess.run(command(processes, str(SCRIPT), str(out), strategy, *map(str, (parts, steps, stop, pause))),
+                          env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    if not stop:
+        return torch.load(out / "final.pt", weights_only=True), json.loads((out / "history.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process makes of it, without Accelerate."""
+    out = tmp_path_factory.mktemp("alone")
+    return train(out, "alone", 1)
+
+
+def same(run, other):
+    """The same weights and losses; the same size of each gradient in the steps that both took since they were started."""
+    near = lambda a, b: torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=1e-4, atol=1e-5)
+    for name in other[0]:
+        near(run[0][name], other[0][name])
+    (a, b) = run[1], other[1]
+    near(a["losses"], b["losses"])
+    near(a["figures"]["far"], b["figures"]["far"])
+    near(a["norms"], b["norms"][-len(a["norms"]):])
+    if a["watched"]:                                         # step 2 was before a resumed run's first
+        near(a["watched"], b["watched"])
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_make_what_one_makes(tmp_path, alone, strategy):
+    same(train(tmp_path, strategy), alone)
+
+
+@pytest.mark.parametrize("first, then", [(("ddp", 1), ("fsdp", 2)), (("fsdp", 2), ("ddp", 1))])
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, alone, first, then):
+    train(tmp_path, *first, stop=6)
+    assert [p.name for p in tmp_path.glob("step-*")] == ["step-00000004"] and not (tmp_path / "final.pt").exists()
+    same(train(tmp_path, *then), alone)
+    assert [p.name for p in tmp_path.glob("step-*")] == ["step-00000010"]
+
+
+# shards
+
+class Colours:
+    """A list of clips: item i is 5 frames whose brightness says i."""
+
+    def __init__(self, n=23, bad=()):
+        self.n, self.bad = n, bad
+
+    def __repr__(self):
+        return f"Colours({self.n})"
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        if i in self.bad:
+            raise ValueError(f"clip {i} is broken")
+        return Clip(torch.full((3, 5, 16, 16 + 8 * (i % 2)), i / 50), 8, f"number {i}", source=f"{i}.mp4")
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    torch.manual_seed(0)
+    return VideoVAE(4, widths=(8, 8)).save_pretrained(tmp_path_factory.mktemp("vae"))
+
+
+@pytest.fixture
+def folder(tmp_path, vae):
+    write_shards(tmp_path / "shards", Colours(), vae, per_shard=3, jobs=1)
+    return tmp_path / "shards"
+
+
+def indices(samples):
+    return [about["index"] for _, _, about in samples]
+
+
+@pytest.mark.parametrize("world, workers", [(1, 0), (3, 0), (2, 2), (8, 0)])
+def test_ranks_and_workers_read_every_clip_once(folder, world, workers):
+    seen = [indices(read_shards(folder, seed=1, rank=r, world=world, workers=workers, shuffle=4)) for r in range(world)]
+    assert sorted(sum(seen, [])) == list(range(23))
+    again = [indices(read_shards(folder, seed=1, rank=r, world=world, workers=workers, shuffle=4)) for r in range(world)]
+    assert seen == again
+    other = [indices(read_shards(folder, seed=1, epoch=1, rank=r, world=world, shuffle=4)) for r in range(world)]
+    assert sorted(sum(other, [])) == list(range(23)) and sum(other, []) != sum(seen, [])
+
+
+def test_a_shard_says_what_it_holds_and_latents_are_the_autoencoders(folder, vae):
+    latents, text, about = next(s for s in read_shards(folder) if s[2]["index"] == 7)
+    model = VideoVAE.from_pretrained(vae)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = model.encode(Colours()[7].video[None])[0]
+    torch.testing.assert_close(latents.float(), wanted.float(), atol=0.02, rtol=0.02)
+    assert text == "number 7" and about["source"] == "7.mp4" and about["vae"] and about["world"] == "Colours(23)"
+    assert "number" in vocabulary_of(folder) and "22" in vocabulary_of(folder)
+
+
+def test_writing_goes_on_where_it_stopped_and_refuses_a_mixture(folder, vae, tmp_path):
+    before = {p.name: p.read_bytes() for p in folder.glob("*.tar")}
+    kept = (folder / "shard-000001.tar").stat().st_mtime_ns
+    (folder / "shard-000004.tar").unlink()
+    write_shards(folder, Colours(), vae, per_shard=3, jobs=1)
+    assert {p.name: p.read_bytes() for p in folder.glob("*.tar")} == before
+    assert (folder / "shard-000001.tar").stat().st_mtime_ns == kept
+    with pytest.raises(ValueError, match="made otherwise .seed"):
+        write_shards(folder, Colours(), vae, per_shard=3, seed=5, jobs=1)
+    with pytest.raises(ValueError, match="say how many"):
+        write_shards(tmp_path / "x", Shapes(32, 32, 5), vae)
+    with pytest.raises(FileNotFoundError, match="write_shards"):
+        read_shards(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="8 shards, too few for 9"):
+        read_shards(folder, rank=0, world=9)
+
+
+def test_machines_share_the_work_in_parallel(tmp_path, vae):
+    shapes = Shapes(32, 32, 5)
+    for part in (0, 1):
+        write_shards(tmp_path, shapes, vae, clips=8, per_shard=2, share=(part, 2), jobs=2 - part)
+    assert sorted(indices(read_shards(tmp_path))) == list(range(8))
+    captions = {text for _, text, _ in read_shards(tmp_path)}
+    assert len(captions) > 4                                           # each shard draws numbers of its own
+
+
+def test_damage_is_named_and_skipped(folder, vae):
+    cut, flipped = folder / "shard-000002.tar", folder / "shard-000005.tar"
+    cut.write_bytes(cut.read_bytes()[:cut.stat().st_size // 2])
+    data = bytearray(flipped.read_bytes())
+    data[data.index(b"latents.safetensors") + 512 + 120] ^= 255          # in the first sample's numbers
+    flipped.write_bytes(bytes(data))
+    with pytest.warns(UserWarning) as warned:
+        seen = indices(read_shards(folder, shuffle=1))
+    said = " ".join(str(w.message) for w in warned)
+    assert "shard-000002.tar" in said and "shard-000005.tar" in said and "00000015" in said
+    assert set(range(23)) - set(seen) <= {6, 7, 8, 15} and 15 not in seen and len(seen) == len(set(seen))
+    (folder / "shard-000003.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.warns(UserWarning, match="shard-000003.tar"):
+        seen = indices(read_shards(folder, shuffle=1))
+    assert not {9, 10, 11} & set(seen) and {12, 13, 14, 22} <= set(seen)
+
+
+def test_what_cannot_be_read_is_left_out_of_a_shard(tmp_path, vae):
+    with pytest.warns(UserWarning, match="clip 4 is broken"):
+        write_shards(tmp_path, Colours(6, bad=[4]), vae, per_shard=3, jobs=1)
+    assert sorted(indices(read_shards(tmp_path))) == [0, 1, 2, 3, 5]
+
+
+def test_a_stream_goes_on_at_any_step(folder):
+    through = Stream(folder, 4, part=1, parts=2, seed=3)
+    batches = [through(step, None)[1] for step in range(9)]              # 3 epochs and more
+    for step in (7, 2):
+        assert Stream(folder, 4, part=1, parts=2, seed=3)(step, None)[1] == batches[step]
+    assert through(4, None)[1] == batches[4]
+    first_epoch = sum(batches[:2], [])
+    other = Stream(folder, 4, part=0, parts=2, seed=3)
+    assert not set(first_epoch) & set(sum((other(k, None)[1] for k in range(2)), []))
+
+
+# one command
+
+def kill_in_mid_run(process, rank=1):
+    """SIGKILL one rank of a running training as soon as there is a checkpoint; returns what was printed."""
+    said, pid = "", None
+    for line in iter(process.stdout.readline, ""):
+        said += line
+        if found := re.search(rf"rank {rank}.* is process (\d+)", line):
+            pid = int(found[1])
+            break
+    deadline = time.time() + 120
+    while not list(process.folder.glob("step-*")) and time.time() < deadline:
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGKILL)
+    return said + process.stdout.read()
+
+
+def test_a_killed_process_is_named_and_a_restart_goes_on(tmp_path, alone):
+    process = subprocess.Popen(command(2, str(SCRIPT), str(tmp_path), "ddp", "4", "10", "0", "0.3"), env=ENVIRONMENT,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process.folder = tmp_path
+    said = kill_in_mid_run(process)
+    assert process.wait(60) != 0 and not (tmp_path / "final.pt").exists()
+    assert what_ended(said) == "rank 1 was ended by signal 9 (SIGKILL), and the others were stopped", said[-3000:]
+    same(train(tmp_path, "ddp", 1), alone)
+
+
+def settings_of(tmp_path, vae, **options):
+    given = dict(out=str(tmp_path / "out"), vae=str(vae), clips=8, per_shard=2, frames=9, height=32, width=32, model_width=16,
+                 depth=1, heads=2, conv_depth=1, conv_width=8, steps=4, parts=2, batch_size=2, save_every=2, timeout=60.0)
+    return Settings.of(given | options)
+
+
+def test_launch_trains_from_a_world_on_two_processes_and_saves_a_pipeline(tmp_path, vae, capfd):
+    one = launch(settings_of(tmp_path / "one", vae))
+    two = launch(settings_of(tmp_path / "two", vae, strategy="fsdp", recompute=True), processes=2)
+    torch.testing.assert_close(torch.tensor(one["losses"]), torch.tensor(two["losses"]), rtol=2e-2, atol=2e-2)   # bf16
+    a, b = (SoraLite.from_pretrained(tmp_path / name / "out" / "weights") for name in ("one", "two"))
+    for (name, x), y in zip(a.model.state_dict().items(), b.model.state_dict().values()):
+        torch.testing.assert_close(x, y, rtol=0.05, atol=0.02, msg=name)
+    assert a.defaults["frames"] == 9
+
+
+def test_a_failed_launch_is_a_sentence_and_parts_must_be_dealt_out_evenly(tmp_path):
+    with pytest.raises(ChildProcessError, match="there is no folder|holds no config.json.*no checkpoint yet"):
+        launch(settings_of(tmp_path, tmp_path))
+    crew = Crew(SimpleNamespace(device=torch.device("cpu"), is_main_process=False, process_index=1, num_processes=2))
+    assert crew.mine(6) == [1, 3, 5]
+    with pytest.raises(ValueError, match="3 parts cannot be shared evenly among 2 processes: make parts a multiple of 2"):
+        crew.mine(3)
+
+
+def test_settings_are_checked(tmp_path, capsys):
+    file = tmp_path / "settings.yaml"
+    file.write_text("stepz: 3\n")
+    assert main(["--config", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert "'stepz'" in said and "did you mean steps" in said and "batch_size" in said and str(file) in said
+    for bad, word in (({"steps": "many"}, "steps must be of type int"), ({"steps": 0}, "steps is too small"),
+                      ({"strategy": "zero"}, "ddp or fsdp"), ({"bf16": 1}, "bf16 must be of type bool"),
+                      ({"device": "tpu"}, "cpu or cuda")):
+        with pytest.raises(ValueError, match=word):
+            Settings.of(bad)
+    file.write_text("steps: [")
+    with pytest.raises(ValueError, match="not a YAML file"):
+        Settings.read(file)
+    with pytest.raises(FileNotFoundError, match="no file of settings"):
+        Settings.read(tmp_path / "other.yaml")
+    with pytest.raises(ValueError, match="photographs, crafter or a folder"):
+        world_of(Settings.of({"data": "nowhere"}))
+
+
+# the planner
+
+def toy(width, depth, clips, grid, **options):
+    patch, (t, h, w) = options.get("patch", (1, 1, 1)), grid
+    torch.manual_seed(0)
+    data = [torch.randn(24, t, h, w) for _ in range(clips)], ["a small red circle moves left on a navy background"] * clips
+    return scaling.build(width, depth, **options), data, Batch([t * h * w // (patch[1] * patch[2])] * clips, [16] * clips)
+
+
+def step(model, data):
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = flow_loss(model, data, torch.Generator().manual_seed(0), patch=model.dit.patch, masked=0.0, unconditional=0.0)
+    loss.backward()
+
+
+@pytest.mark.parametrize("width, depth, clips, grid, options", [
+    (64, 1, 8, (5, 2, 2), {}), (48, 2, 6, (3, 8, 8), {}), (128, 3, 4, (5, 4, 4), {"mlp_ratio": 4.0}),
+    (96, 2, 5, (5, 8, 8), dict(patch=(1, 2, 2), conv_depth=2, conv_width=48))])
+def test_flops_by_formula_are_those_counted(width, depth, clips, grid, options):
+    model, data, batch = toy(width, depth, clips, grid, **options)
+    with FlopCounterMode(display=False) as counter:
+        step(model, data)
+    assert flops_of_step(model, batch)["total"] == pytest.approx(counter.get_total_flops(), rel=0.01)
+    with FlopCounterMode(display=False) as counter, recomputed([*model.dit.blocks, *model.dit.stem, *model.dit.head]):
+        step(model, data)
+    assert flops_of_step(model, batch, recompute=True)["total"] == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+@pytest.mark.parametrize("width, depth, clips, grid", [(64, 2, 8, (5, 2, 2)), (48, 2, 6, (3, 8, 8)), (128, 3, 4, (5, 4, 4))])
+def test_memory_by_formula_is_that_measured(width, depth, clips, grid):
+    model, data, batch = toy(width, depth, clips, grid)
+    for recompute in (False, True):
+        kept, own = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def note(x):
+            kept[x.untyped_storage().data_ptr()] = x
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            with recomputed(model.dit.blocks) if recompute else nullcontext(), torch.autocast("cpu", torch.bfloat16):
+                flow_loss(model, data, torch.Generator().manual_seed(0), patch=(1, 1, 1), masked=0.0, unconditional=0.0)
+        parts = activation_bytes(model, batch, recompute=recompute)
+        parts.pop("one block at work", 0)                                # this was a forward pass only
+        assert sum(parts.values()) == pytest.approx(
+            sum(x.untyped_storage().nbytes() for at, x in kept.items() if at not in own), rel=0.05)
+        model.zero_grad()
+    state = state_bytes(model)
+    peak = peak_bytes(lambda: step(model, data)) + sum(state.values()) - state["gradients"]
+    assert peak_of_training(model, batch) == pytest.approx(peak, rel=0.05)
+
+
+def test_state_is_what_a_training_holds():
+    model, data, _ = toy(32, 1, 2, (2, 2, 2))
+    opts = optimizers(model, 1e-3, 0.02)
+    step(model, data)
+    for o in opts:
+        o.step()
+    held = sum(x.nbytes for o in opts for slots in o.state.values() for x in slots.values() if x.dim())
+    state = state_bytes(model)
+    assert state["optimiser"] == held and state["gradients"] == sum(p.grad.nbytes for p in model.parameters())
+    with torch.device("meta"):
+        assert state_bytes(scaling.build(32, 1)) == state
+
+
+def test_the_planner_counts_tokens_bills_and_shards():
+    assert video_tokens(60, 30, 1080, 1920) == 451 * 68 * 120
+    assert video_tokens(1 / 24, 24, 256, 256, (4, 8, 8)) == 16 * 16                    # an image is a video of one frame
+    b = bill(1e9, 8192, 1e6, utilisation=0.5)
+    assert b["hours"] == pytest.approx(b["flops"] / (989e12 * 0.5 * 3600)) and 0 < b["attention"] < 1
+    depth, width = shape_of(7e9)
+    assert 12 * depth * width ** 2 == pytest.approx(7e9, rel=0.1)
+    small, large = how_to_shard(1e9, 8192, Machine()), how_to_shard(11e9, 76_032, Machine())
+    assert small["strategy"] == "one GPU" and "FSDP" in large["strategy"] and "recomputed" in large["strategy"]
+    assert large["state"] + large["activations"] + large["gathered"] <= 80e9
+    assert "split" in how_to_shard(11e9, 3_000_000, Machine())["strategy"]
+    for call, word in ((lambda: bill(1e9, 10, 1, utilisation=1.2), "utilisation"), (lambda: video_tokens(0, 1, 1, 1), "positive"),
+                       (lambda: how_to_shard(1e12, 10 ** 8, Machine(), most=8), "8 H100s do not hold"),
+                       (lambda: activation_bytes(toy(96, 1, 1, (1, 2, 2), conv_depth=1)[0], Batch([1], [16])), "conv_depth=0")):
+        with pytest.raises(ValueError, match=word):
+            call()
+
+
+# recipes, on small files of each set's form
+
+def film(path, brightness=0.0, frames=6):
+    video = torch.full((3, frames, 24, 32), brightness)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix != ".avi":
+        return write(path, video, fps=12)
+    with av.open(str(path), "w", format="avi") as out:                   # as UCF-101: MPEG-4 in AVI
+        stream = out.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 32, 24, "yuv420p"
+        picture = np.full((24, 32, 3), int((brightness + 1) * 127.5), np.uint8)
+        for _ in range(frames):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        out.mux(stream.encode(None))
+    return path
+
+
+def check(videos, captions, brightness):
+    assert [videos[i].caption for i in range(len(videos))] == captions
+    clip = videos[0]
+    assert clip.video.shape == (3, 9, 16, 16) and float(clip.video.mean()) == pytest.approx(brightness, abs=0.1)
+    assert "9 frames of 16x16" in repr(videos)
+
+
+SIZE = dict(height=16, width=16, frames=9, fps=8.0)
+
+
+def test_ucf101(tmp_path, capsys):
+    film(tmp_path / "UCF-101" / "ApplyEyeMakeup" / "v_ApplyEyeMakeup_g08_c01.avi", 0.5)
+    lists = tmp_path / "ucfTrainTestlist"
+    lists.mkdir()
+    (lists / "trainlist01.txt").write_text("ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1\r\nYoYo/v_YoYo_g01_c01.avi 101\r\n")
+    (lists / "testlist01.txt").write_text("ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi\n")
+    videos = ucf101(tmp_path, **SIZE)
+    check(videos, ["apply eye makeup"], 0.5)
+    assert "1 of 2" in capsys.readouterr().out and videos.missing[0].endswith("v_YoYo_g01_c01.avi")
+    assert len(ucf101(tmp_path, "testlist01")) == 1
+    with pytest.raises(FileNotFoundError, match="UCF-101: there is no .*testlist09"):
+        ucf101(tmp_path, "testlist09")
+
+
+def test_something_something(tmp_path):
+    film(tmp_path / "20bn-something-something-v2" / "78687.webm", -0.5)
+    (tmp_path / "labels").mkdir()
+    labels = tmp_path / "labels" / "train.json"
+    labels.write_text(json.dumps([dict(id="78687", label="holding potato next to vicks", template="Holding [something]",
+                                       placeholders=["potato"])]))
+    check(something_something(tmp_path, **SIZE), ["holding potato next to vicks"], -0.5)
+    labels.write_text('{"id": 3}')
+    with pytest.raises(ValueError, match="list of objects with id and label"):
+        something_something(tmp_path)
+    labels.write_text('[{"id": 3, "label": "x"}]')
+    with pytest.raises(FileNotFoundError, match="none of the 1 videos"):
+        something_something(tmp_path)
+
+
+def test_openvid(tmp_path):
+    film(tmp_path / "video" / "celebv_a.mp4", 0.2)
+    table = tmp_path / "data" / "train" / "OpenVid-1M.csv"
+    table.parent.mkdir(parents=True)
+    table.write_text('video,caption,aesthetic score,fps\ncelebv_a.mp4,"A man, smiling, says ""yes""",5.1,24\n')
+    check(openvid(tmp_path, **SIZE), ['A man, smiling, says "yes"'], 0.2)
+    table.write_text("name,text\na,b\n")
+    with pytest.raises(ValueError, match="columns video and caption"):
+        openvid(tmp_path)
+
+
+def test_panda70m(tmp_path):
+    for i, brightness in enumerate((0.0, 0.3, 0.1)):
+        film(tmp_path / "00000" / f"0000_{i:05d}.mp4", brightness)
+    (tmp_path / "00000" / "0000_00000.txt").write_text("a dog runs")
+    (tmp_path / "00000" / "0000_00001.json").write_text('{"caption": "a cat, \'sleeping\'"}')
+    (tmp_path / "00000" / "0000_00002.txt").write_text("['two men talk', 'a street']")
+    check(panda70m(tmp_path, **SIZE), ["a dog runs", "a cat, 'sleeping'", "two men talk"], 0.0)
+    with pytest.raises(FileNotFoundError, match="Panda-70M"):
+        panda70m(tmp_path / "no")
+
+
+def test_moving_mnist(tmp_path, vae):
+    array = np.zeros((20, 3, 64, 64), np.uint8)
+    array[:, 1] = 255
+    np.save(tmp_path / "mnist_test_seq.npy", array)
+    videos = MovingMNIST(tmp_path, height=16, width=16, frames=9)
+    assert len(videos) == 3 and videos[0].video.shape == (3, 9, 16, 16)
+    assert float(videos[0].video.max()) == -1 and float(videos[1].video.min()) == 1
+    write_shards(tmp_path / "shards", videos, vae, per_shard=2, jobs=1)
+    assert sorted(indices(read_shards(tmp_path / "shards"))) == [0, 1, 2]
+    np.save(tmp_path / "mnist_test_seq.npy", np.zeros((3, 4)))
+    with pytest.raises(ValueError, match="must hold bytes"):
+        MovingMNIST(tmp_path)
+    (tmp_path / "mnist_test_seq.npy").write_bytes(b"x" * 50)
+    with pytest.raises(ValueError, match="no whole array"):
+        MovingMNIST(tmp_path)
+    with pytest.raises(FileNotFoundError, match="Moving MNIST"):
+        MovingMNIST(tmp_path / "no")
+
+
+def test_each_card_has_what_one_must_know():
+    for name, card in CARDS.items():
+        assert card.clips and card.licence and card.page.startswith("https://") and card.get and card.files and callable(card.load)
+
+
+def test_what_muon_adds_is_what_is_counted():
+    model = scaling.build(64, 2)
+    shapes = [p.reshape(len(p), -1) for o in optimizers(model, 1e-3, 0.02) if type(o).__name__ == "Muon"
+              for group in o.param_groups for p in group["params"]]
+    with FlopCounterMode(display=False) as counter:
+        for p in shapes:
+            orthogonalize(p[None].detach())
+    cost = muon_cost(model)
+    assert cost["flops"] == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert cost["gathered"] == 4 * sum(p.numel() for p in shapes)
+
+
+def test_a_folder_of_videos_goes_into_shards(tmp_path, vae):
+    for i in range(3):
+        film(tmp_path / "films" / f"{i}.mp4", i / 4)
+        (tmp_path / "films" / f"{i}.txt").write_text(f"film {i}")
+    world = Folder(tmp_path / "films", height=16, width=16, frames=5, fps=8)
+    write_shards(tmp_path / "shards", world, vae, clips=6, per_shard=3, jobs=1)
+    samples = list(read_shards(tmp_path / "shards"))
+    assert len(samples) == 6 and {text for _, text, _ in samples} <= {"film 0", "film 1", "film 2"}
+    assert all(about["source"].endswith(".mp4") and about["video"] == [3, 5, 16, 16] for _, _, about in samples)
+
+
+def test_a_broken_sharded_checkpoint_and_one_of_another_run_are_named(tmp_path):
+    crew = Crew(accelerator("cpu"))
+
+    def train(**options):
+        torch.manual_seed(0)
+        return fit(nn.Linear(4, 4), lambda k, g: torch.randn(8, 4, generator=g), lambda m, x, g: m(x).square().mean(),
+                   **dict(steps=4, bf16=False, folder=tmp_path, engine=crew) | options)
+
+    train()
+    assert len(train().losses) == 4                                      # nothing left to do
+    with pytest.raises(ValueError, match="step-00000004 belongs to another run"):
+        train(lr=1.0)
+    file = next((tmp_path / "step-00000004").glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match="step-00000004 cannot be read"):
+        train()
+    with pytest.raises(ValueError, match="2 parts needs one batch function, or one for each"):
+        fit(nn.Linear(1, 1), [len], len, steps=1, parts=2)
