@@ -125,20 +125,20 @@ def _member(rank: int, world: int, port: int, model: dict, grid: Grid, batch: in
 def processes(counts: list[int], *, model: dict, grid: Grid, batch: int, rounds: int, cores: int) -> tuple[dict, list[str]]:
     """Step time with one process for all cores, and with several that share them (DDP over gloo), each with its own
     batch. On a GPU machine this row says nothing about GPUs, and is left out."""
-    rows, times = [], {k: [] for k in counts}
+    rows, times, parts = [], {k: [] for k in counts}, max(1, min(3, rounds // 4))
     context = mp.get_context("spawn")
-    for repeat in range(3):                 # in turn, as everywhere
+    for part in range(parts):               # in turn, as everywhere
         for k in counts:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
             box, threads = context.SimpleQueue(), max(1, cores // k)
-            mp.spawn(_member, (k, port, model, grid, batch, threads, max(1, rounds // 3), box), k)
+            mp.spawn(_member, (k, port, model, grid, batch, threads, max(1, rounds // parts), box), k)
             said = box.get()
             if not said["alike"]:
                 raise RuntimeError(f"{k} processes ended with different weights: their gradients were not averaged")
             times[k] += said["times"]
-            print(f"\rprocesses: {k} of {counts}, part {repeat + 1} of 3", end="", file=sys.stderr, flush=True)
+            print(f"\rprocesses: {k} of {counts}, part {part + 1} of {parts}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     for k in counts:
         rows.append({"processes": k, "threads each": max(1, cores // k), "ms a step": spread(1000 * s for s in times[k]),

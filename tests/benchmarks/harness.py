@@ -61,8 +61,8 @@ def interleaved(arms: dict[str, Callable[[], object]], *, seconds: float, device
             if done >= least and time.perf_counter() - begun > seconds:
                 break
             order.shuffle(names)
+            gc.collect()
             for name in names:
-                gc.collect()
                 gc.disable()
                 try:
                     times[name].append(timed(arms[name], device))
