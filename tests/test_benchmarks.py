@@ -210,3 +210,22 @@ def test_minutes_to_a_mark_and_the_best_rate():
     assert fidelity.best_rate([arm(1, 0.5, 0.95), arm(2, 0.91, 0.91), arm(3, 0.1, 0.2)]) == 2
     assert fidelity.best_rate([arm(1, 0.5, 0.85), arm(2, 0.2, 0.3)]) == 1
     assert fidelity.best_rate([arm(1, 0.5, 0.6), arm(2, 0.2, 0.7)]) == 2
+
+
+@needs_diffusers
+def test_a_killed_night_goes_on_and_a_broken_checkpoint_is_named(tmp_path):
+    run = lambda: bench("fidelity.py", "--tiny", "--eager", out=tmp_path)
+    done = run()
+    assert done.returncode == 0, done.stderr[-2000:]
+    read = lambda: {(row["recipe"], row["seed"]): row["steps"] for row in
+                    json.loads((tmp_path / "row3.json").read_text())["tables"][0]["rows"]}
+    first, times = read(), {p.name: p.stat().st_mtime_ns for p in (tmp_path / "fidelity").glob("*-?.pt")}
+    lost = next(p for p in (tmp_path / "fidelity").glob("Wan-*-1.pt"))   # as if the run had ended before it
+    lost.unlink()
+    assert run().returncode == 0 and lost.is_file()
+    assert {k: n for k, n in read().items() if k != ("Wan", 1)} == {k: n for k, n in first.items() if k != ("Wan", 1)}
+    again = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "fidelity").glob("*-?.pt") if p != lost}
+    assert again == {k: t for k, t in times.items() if k != lost.name}   # nothing else was trained again
+    lost.write_bytes(lost.read_bytes()[:1000])
+    done = run()
+    assert done.returncode != 0 and lost.name in done.stderr and "delete it" in done.stderr

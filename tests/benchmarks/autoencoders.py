@@ -54,25 +54,26 @@ class PeerVAE(nn.Module):
 
 
 class CogVideoXVAE(PeerVAE):
-    """Widths 1 : 2 : 2 : 4 as released; the base width and the blocks of a stage are what is scaled."""
-    scales = {"parameters": (20, 1), "operations": (8, 3)}
+    """Widths near the released 1 : 2 : 2 : 4, in multiples of 8: with others, some machines' convolutions in bfloat16
+    have gradients that are not finite. Blocks of a stage: 3 as released, or 1."""
+    scales = {"parameters": ((16, 32, 48, 80), 1), "operations": ((8, 16, 16, 32), 3)}
 
-    def __init__(self, base: int, layers: int):
+    def __init__(self, widths: tuple[int, ...], layers: int):
         super().__init__()
-        self.model = AutoencoderKLCogVideoX(block_out_channels=(base, 2 * base, 2 * base, 4 * base), norm_num_groups=4,
-                                            layers_per_block=layers, latent_channels=CHANNELS, scaling_factor=1.0)
-        self.said = f"{base} to {4 * base} wide, {layers} deep"
+        self.model = AutoencoderKLCogVideoX(block_out_channels=widths, norm_num_groups=4, layers_per_block=layers,
+                                            latent_channels=CHANNELS, scaling_factor=1.0)
+        self.said = f"{', '.join(map(str, widths))} wide, {layers} deep"
 
 
 class WanVAE(PeerVAE):
-    """Widths 1 : 2 : 4 : 4 as released; the base widths of encoder and decoder and the blocks of a stage are scaled."""
-    scales = {"parameters": (20, 16, 1), "operations": (8, 12, 1)}
+    """Widths near the released 1 : 2 : 4 : 4, in multiples of 8; 2 blocks a stage, as released."""
+    scales = {"parameters": (16, (1, 2, 3, 4)), "operations": (8, (1, 2, 4, 8))}
 
-    def __init__(self, base: int, decoder: int, layers: int):
+    def __init__(self, base: int, times: tuple[int, ...], layers: int = 2):
         super().__init__()
-        self.model = AutoencoderKLWan(base_dim=base, decoder_base_dim=decoder, z_dim=CHANNELS, dim_mult=[1, 2, 4, 4],
-                                      num_res_blocks=layers, temperal_downsample=[False, True, True])
-        self.said = f"{base} to {4 * base} wide ({decoder} to {4 * decoder}), {layers} deep"
+        self.model = AutoencoderKLWan(base_dim=base, z_dim=CHANNELS, dim_mult=list(times), num_res_blocks=layers,
+                                      temperal_downsample=[False, True, True])
+        self.said = f"{', '.join(str(base * k) for k in times)} wide, {layers} deep"
 
 
 PEERS = {"CogVideoX": CogVideoXVAE, "Wan": WanVAE}
@@ -114,7 +115,7 @@ class Training:
         if not math.isfinite(float(loss.detach())):
             raise FloatingPointError(f"{type(self.model).__name__}: the loss is {float(loss.detach())} at step {self.steps}")
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, error_if_nonfinite=True)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         wait(self.device)
@@ -210,7 +211,7 @@ def measure(*, minutes: float, batch: int, seconds: float, held_out: int, peak: 
         gains = spread(a - b for a, b in zip(quality["ours"], quality[name]))
         met = at["ours"]["PSNR, dB"] >= at[name]["PSNR, dB"]
         verdicts.append(dict(what=f"PSNR above {name}", measured=gains, target=0.0, met=met, sentence=(
-            f"PSNR of ours above {name}'s, clip by clip: {show(gains, '.2f')} dB, target 0: {'met' if met else 'MISSED'}")))
+            f"PSNR of ours above that of {name}, clip by clip: {show(gains, '.2f')} dB, target 0: {'met' if met else 'MISSED'}")))
     return dict(title="Autoencoders: frames per second and fidelity", verdicts=verdicts, equal=[
         ", ".join(same), f"clips, in their order; {minutes:g} minutes of training steps each; batch ({batch}); loss (squared "
         f"error and 1e-5 KL); optimiser (AdamW, learning rate {lr:g}, falling with the time used); autocast to bfloat16",

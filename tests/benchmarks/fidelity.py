@@ -227,7 +227,7 @@ def main() -> None:
     args = parse.parse_args()
     sizes, rates = dict(conv_depth=5), RATES
     if args.tiny:
-        args.minutes, args.looks, args.prompts, args.pool, args.batch, args.seeds = 0.1, 2, 2, 8, 2, 2
+        args.minutes, args.looks, args.prompts, args.pool, args.batch, args.seeds = 0.03, 2, 2, 8, 2, 2
         sizes, rates = dict(width=64, depth=2, heads=4, conv_depth=1, conv_width=32), {k: v[:2] for k, v in RATES.items()}
         if args.keep:
             parse.error("--tiny measures nothing that should be kept: leave out --keep")

@@ -29,11 +29,11 @@ COMPARED = [("chapter 5's, 80 tokens", CONV, SHORT), ("plain, 80 tokens", PLAIN,
 SMALL = dict(width=64, depth=2, heads=4, conv_depth=1, conv_width=32)
 SIZES = {
     "default": {
-        1: dict(settings=COMPARED, batch=32, seconds=220),
-        2: dict(minutes=1.2, batch=4, seconds=40, held_out=32),
-        4: dict(stream=512, capacity=1024, settings=COMPARED[:2], clips=4, steps=20, seconds=120),
+        1: dict(settings=COMPARED, batch=32, seconds=160),
+        2: dict(minutes=1.0, batch=4, seconds=40, held_out=32),
+        4: dict(stream=512, capacity=1024, settings=COMPARED[:2], clips=4, steps=20, seconds=100),
         5: dict(lengths=[2, 3, 5, 9, 17, 33, 49], sides=[2, 3, 4, 6, 8, 12], model=CONV, batch=4, counts=[1, 2], rounds=12,
-                seconds=90)},
+                seconds=60)},
     "tiny": {
         1: dict(settings=[("small", SMALL, (2, 2, 2)), ("small and plain", SMALL | PLAIN, (2, 2, 2))], batch=2,
                 seconds=0.1, least=1),
