@@ -168,7 +168,8 @@ def measure(*, minutes: float, batch: int, seconds: float, held_out: int, peak: 
     fact = lambda key: {name: one[key] for name, one in facts.items()}
     like = {name: n for name, n in fact("parameters").items() if not name.endswith("operations")}
     works = {name: n for name, n in fact("flops").items() if not name.endswith("parameters")}
-    same = [equal("parameters or", like, TOLERANCE), equal("operations, as the name says", works, 2 * TOLERANCE), equal("shape of the latents", fact("latents")),
+    same = [equal("parameters or", like, TOLERANCE), equal("operations, as the name says", works, 2 * TOLERANCE),
+            equal("shape of the latents", fact("latents")),
             equal("shape of the clips", fact("pixels"))]
     arms = {name: Training(model, lr, 60 * minutes, batch, device) for name, model in made.items()}
     in_turn(arms, seconds=60 * minutes, desc="autoencoders: training")
@@ -205,7 +206,8 @@ def measure(*, minutes: float, batch: int, seconds: float, held_out: int, peak: 
         for part in ("encode", "decode"):
             faster = verdict(f"ours faster to {part} than {name}", ratio(times[name, part], times["ours", part]), 3.0)
             if not faster["met"]:
-                faster["sentence"] += (f" (ours at {at['ours']['of peak']:.0%} of the measured peak with {at['ours']['GFLOP a clip']:.3g} "
+                faster["sentence"] += (
+                    f" (ours at {at['ours']['of peak']:.0%} of the measured peak with {at['ours']['GFLOP a clip']:.3g} "
                                        f"GFLOP a clip, {name} at {at[name]['of peak']:.0%} with {at[name]['GFLOP a clip']:.3g})")
             verdicts.append(faster)
         gains = spread(a - b for a, b in zip(quality["ours"], quality[name]))
@@ -215,7 +217,8 @@ def measure(*, minutes: float, batch: int, seconds: float, held_out: int, peak: 
     return dict(title="Autoencoders: frames per second and fidelity", verdicts=verdicts, equal=[
         ", ".join(same), f"clips, in their order; {minutes:g} minutes of training steps each; batch ({batch}); loss (squared "
         f"error and 1e-5 KL); optimiser (AdamW, learning rate {lr:g}, falling with the time used); autocast to bfloat16",
-        f"clips that are timed ({coded} of {clips.shape[2]} frames of {clips.shape[3]} x {clips.shape[4]}) and judged ({held_out} unseen)"],
+        f"clips that are timed ({coded} of {clips.shape[2]} frames of {clips.shape[3]} x {clips.shape[4]}) and judged "
+        f"({held_out} unseen)"],
         tables=[dict(columns=COLUMNS, rows=rows)],
         remarks=["Not equal: ours starts from principal components of some clips, the peers as their classes start them. "
                  "diffusers' classes have perceptual and adversarial losses in their papers; none here can use them, and "

@@ -6,7 +6,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from harness import TOLERANCE, equal, in_turn, interleaved, noise, parameters, ratio, show, spread, wait
+from harness import TOLERANCE, equal, in_turn, interleaved, noise, parameters, ratio, spread, wait
 from peers import CHANNELS, PATCH, PEERS, WORDS, Contender, Grid, build
 from sora_lite.dit import DiT
 from sora_lite.pipeline import BASE, Denoiser, SoraLite, flow_loss
@@ -147,6 +147,4 @@ def measure(*, stream: int, capacity: int, settings: list, clips: int, steps: in
                 equal=[f"{table['title']}: " + ", ".join(same)] + [f"{t['title']}: " + ", ".join(s) for t, s in made],
                 verdicts=[], remarks=remarks + [
                     "Ends at latents: no autoencoder is in these seconds. The contenders are not trained; how long a "
-                    "network computes does not depend on what it has learned.",
-                    "Ratios of whole runs: " + "; ".join(f"{t['title']}, {row['sampler'].split(':')[0]}: {show(row['ours is faster'], '.2f')}"
-                                                         for t, _ in made for row in t["rows"][1:])])
+                    "network computes does not depend on what it has learned."])

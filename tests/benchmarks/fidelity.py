@@ -107,6 +107,11 @@ class Recipe:
         return list(latents[index, :, :2 if short and not still else None].float().to(self.device)), [
             captions[i] for i in index.tolist()]
 
+    def loss(self, data: tuple[list[Tensor], list[str]], generator: torch.Generator) -> Tensor:
+        """The recipe's."""
+        return (flow_loss(self.model, data, generator)[0] if self.name == "ours"
+                else plain_loss(self.model, data, generator))
+
     def step(self) -> float:
         """One training step; returns its seconds."""
         share = self.seconds / self.limit
@@ -118,8 +123,7 @@ class Recipe:
             for group, lr in zip(o.param_groups, lrs):
                 group["lr"] = lr * rate(min(999, int(1000 * share)), 1000, warmup=20, decay=0.5)
         with torch.autocast(self.device.type, torch.bfloat16):
-            loss = (flow_loss(self.model, data, generator)[0] if self.name == "ours"
-                    else plain_loss(self.model, data, generator))
+            loss = self.loss(data, generator)
         if not math.isfinite(float(loss.detach())):
             raise FloatingPointError(f"{self.name}, learning rate {self.lr:g}: the loss is {float(loss.detach())}")
         loss.backward()
@@ -142,12 +146,10 @@ class Recipe:
 
     def warm(self) -> None:
         """Compile what the next step needs, off the clock and without a trace in the training."""
-        share, steps = self.seconds / self.limit, self.steps
+        generator = torch.Generator().manual_seed(0)
         with torch.autocast(self.device.type, torch.bfloat16):
-            data, generator = self.draw(share, torch.Generator().manual_seed(0)), torch.Generator().manual_seed(0)
-            (flow_loss(self.model, data, generator)[0] if self.name == "ours" else plain_loss(self.model, data, generator)).backward()
+            self.loss(self.draw(self.seconds / self.limit, generator), generator).backward()
         self.model.zero_grad(set_to_none=True)
-        self.steps = steps
 
     def __call__(self) -> float:
         self.warm()
@@ -188,7 +190,8 @@ def report(runs: dict[str, list[Recipe]], sweep: dict[str, list[Recipe]], minute
         for arm in arms:
             at = {mark: minutes_to(arm.curve, mark) for mark in MARKS}
             rows.append({"recipe": name, "seed": arm.seed, "learning rate": arm.lr, "steps": arm.steps,
-                         **{f"minutes to {mark:.0%}": at[mark] if at[mark] is not None else f"not in {minutes:g}" for mark in MARKS},
+                         **{f"minutes to {mark:.0%}": f"not in {minutes:g}" if at[mark] is None else at[mark]
+                            for mark in MARKS},
                          "best fidelity": max((v for _, v in arm.curve), default=float("nan")), "curve": arm.curve})
         swept += [{"recipe": name, "learning rate": arm.lr, "best fidelity": max((v for _, v in arm.curve), default=float("nan")),
                    **{f"minutes to {mark:.0%}": "-" if minutes_to(arm.curve, mark) is None else minutes_to(arm.curve, mark)
@@ -227,7 +230,7 @@ def main() -> None:
     args = parse.parse_args()
     sizes, rates = dict(conv_depth=5), RATES
     if args.tiny:
-        args.minutes, args.looks, args.prompts, args.pool, args.batch, args.seeds = 0.03, 2, 2, 8, 2, 2
+        args.minutes, args.looks, args.prompts, args.pool, args.batch, args.seeds = 0.01, 1, 2, 8, 2, 2
         sizes, rates = dict(width=64, depth=2, heads=4, conv_depth=1, conv_width=32), {k: v[:2] for k, v in RATES.items()}
         if args.keep:
             parse.error("--tiny measures nothing that should be kept: leave out --keep")
@@ -274,8 +277,9 @@ def main() -> None:
                          "images and beginnings of clips first, a quarter with given tokens. Plain: Wan's transformer, AdamW, "
                          "uniform times, whole clips."] + ["Learning rates taken: " + ", ".join(
                              f"{name} {arms[0].lr:g}" for name, arms in runs.items()) + "."]
-    result |= dict(row=3, tiny=args.tiny, machine=host, options={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-                   hours=round(sum(arm.seconds for arm in {id(a): a for arms in [*sweep.values(), *runs.values()] for a in arms}.values()) / 3600, 3))
+    every = {id(arm): arm for arms in [*sweep.values(), *runs.values()] for arm in arms}
+    result |= dict(row=3, tiny=args.tiny, machine=host, hours=round(sum(arm.seconds for arm in every.values()) / 3600, 3),
+                   options={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()})
     harness.keep(args.out, "row3", result)
     print("\n" + harness.markdown(result))
     if args.keep:

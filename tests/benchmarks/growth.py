@@ -91,10 +91,12 @@ def sizes(grids: dict[str, list[Grid]], *, model: dict, batch: int, seconds: flo
             speed = work / 1e6 / ms["median"]
             mine.append({"grows": what, "tokens a clip": math.prod(grid), "latents": f"{grid[0]} x {2 * grid[1]} x {2 * grid[2]}",
                          "pixels": pixels(grid), "GFLOP a step": work / 1e9, "ms a step": ms, "GFLOP/s": speed,
-                         "of peak": speed / peak, "memory, MB": facts[grid]["mb"], "attention's scores, MB": facts[grid]["scores"]})
+                         "of peak": speed / peak, "memory, MB": facts[grid]["mb"],
+                         "attention's scores, MB": facts[grid]["scores"]})
         rows += mine
         lines += explain(what, mine)
-    lines += explain("all tokens, however they come about", sorted(rows, key=lambda row: row["tokens a clip"]))
+    lines += explain("all tokens, however they come about", sorted({
+        row["latents"]: row for row in rows}.values(), key=lambda row: row["tokens a clip"]))
     return dict(title="Sizes", columns=COLUMNS, rows=rows), lines
 
 
@@ -151,7 +153,7 @@ def processes(counts: list[int], *, model: dict, grid: Grid, batch: int, rounds:
         if first["median"] > last["median"] and counts[-1] > cores:
             line[0] += "; there are more processes than cores, so that they wait for each other"
         elif counts[-1] <= cores and first["q3"] < last["q1"]:
-            line[0] += ": one thread each wastes less than threads that share each operation, and more than the exchange costs"
+            line[0] += ": separate processes save more than their exchange of gradients costs"
         elif counts[-1] <= cores and first["q1"] > last["q3"]:
             line[0] += ": the exchange of gradients costs more than separate processes save"
         line[0] += "."

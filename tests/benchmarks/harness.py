@@ -216,7 +216,8 @@ def machine(device: torch.device) -> dict:
 def greet(host: dict, device: torch.device) -> None:
     """Say what the numbers are measured on, and warn where others use it."""
     print(f"{host['device']}, {host['cores']} cores, {host['threads']} threads, {host['instructions']}")
-    print(f"torch {host['torch']}, diffusers {host['diffusers']}, commit {host['commit']}{' (changed)' if host['changed'] else ''}")
+    changed = " (changed)" if host["changed"] else ""
+    print(f"torch {host['torch']}, diffusers {host['diffusers']}, commit {host['commit']}{changed}")
     if device.type == "cpu" and host["load"] > 0.3 * host["cores"]:
         print(f"WARNING: a load of {host['load']}: others use this machine, and the times below will not hold")
 

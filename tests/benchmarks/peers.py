@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from harness import TOLERANCE, parameters
 from sora_lite.dit import DiT
-from sora_lite.patches import coordinates, patchify, unpatchify
+from sora_lite.patches import patchify, unpatchify
 
 CHANNELS, WORDS, WORDS_WIDTH, HEAD = 24, 16, 96, 16     # latent channels; words of a caption; channels of a head
 PATCH = (1, 2, 2)
@@ -198,8 +198,3 @@ class AsDiT(nn.Module):
         latents = unpatchify(tokens.view(len(lengths), n, -1), self.model.grid, PATCH)
         padded = nn.utils.rnn.pad_sequence(features.split(counts), batch_first=True)
         return patchify(self.model(latents, t.view(len(lengths), n)[:, 0], padded), PATCH)[0].flatten(0, 1)
-
-
-def coords_of(grid: Grid, device: torch.device) -> Tensor:
-    """Places of a grid's tokens."""
-    return coordinates(grid, device)
