@@ -1,9 +1,10 @@
 # The two commands: `make book` runs every chapter and renders the book; `make test` passes the tests.
+# Beside them: `make bench` measures ours against diffusers' models (20 minutes), `make bench-fidelity` for a night.
 PROFILE ?= toy
 PYTHON  ?= $(shell command -v python3.11 || command -v python3)
 BIN     := .venv/bin
 
-.PHONY: book test setup render export clean
+.PHONY: book test setup render export bench bench-fidelity clean
 
 book: setup
 	@$(BIN)/python book/run.py --profile $(PROFILE)
@@ -26,6 +27,18 @@ render: setup
 
 export: setup
 	@$(BIN)/python book/export.py
+
+# BENCH="--rows 1 --forms eager": some rows; "--tiny": see that it runs; "--keep": write book/benchmarks.json
+bench: .venv/ready-bench
+	@$(BIN)/python tests/benchmarks/run.py $(BENCH)
+
+bench-fidelity: .venv/ready-bench
+	@$(BIN)/python tests/benchmarks/fidelity.py $(BENCH)
+
+.venv/ready-bench: .venv/ready tests/benchmarks/requirements.txt
+	@echo "setting up diffusers (a minute, once)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -r tests/benchmarks/requirements.txt
+	@touch $@
 
 clean:
 	rm -rf _build runs
