@@ -28,7 +28,7 @@ render: setup
 export: setup
 	@$(BIN)/python book/export.py
 
-# BENCH="--rows 1 --forms eager": some rows; "--tiny": see that it runs; "--keep": write book/benchmarks.json
+# BENCH="--rows 1 --forms eager": some rows; "--tiny": see that it runs; "--keep": write the result into the book
 bench: .venv/ready-bench
 	@$(BIN)/python tests/benchmarks/run.py $(BENCH)
 

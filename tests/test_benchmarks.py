@@ -130,6 +130,20 @@ def test_verdicts_tables_and_files(tmp_path):
     assert json.loads((tmp_path / "row9.json").read_text())["verdicts"][0]["met"]
 
 
+def test_kept_rows_stand_on_the_books_page_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    page = tmp_path / "book" / "benchmarks.md"
+    page.parent.mkdir()
+    page.write_text(f"# Beside its peers\n\n{harness.MARK}\n*Not measured yet.*\n")
+    host = dict(device="a chip", cores=2, threads=2, instructions="AVX2", torch="2", diffusers="0", commit="abc", when="today")
+    row = lambda title, **more: dict(title=title, equal=[], tables=[], machine=host, **more)
+    harness.keep_in_book({"5": row("growth", seconds=90)})
+    harness.keep_in_book({"3": row("a night", hours=8.0)})
+    text = page.read_text()
+    assert text.startswith("# Beside its peers") and "Not measured" not in text and text.count(harness.MARK) == 1
+    assert text.index("a night") < text.index("8.0 hours") < text.index("growth") < text.index("2 min")
+
+
 def test_instructions_name_the_limit(monkeypatch):
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
     assert "up to AVX512_CORE_FP16" in harness.instructions()

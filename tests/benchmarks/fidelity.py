@@ -226,7 +226,7 @@ def main() -> None:
     parse.add_argument("--eager", action="store_true", help="compile neither contender")
     parse.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parse.add_argument("--out", type=Path, default=harness.ROOT / "runs" / "bench")
-    parse.add_argument("--keep", action="store_true", help="write book/benchmarks.json too")
+    parse.add_argument("--keep", action="store_true", help="write the result into the book too")
     args = parse.parse_args()
     sizes, rates = dict(conv_depth=5), RATES
     if args.tiny:

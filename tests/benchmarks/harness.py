@@ -19,6 +19,7 @@ from tqdm import tqdm
 from sora_lite.video import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+MARK = "<!-- rows -->"  # of book/benchmarks.md: what follows is written by `--keep`
 TOLERANCE = 0.05        # by how much parameters may differ and still be called equal
 
 
@@ -256,11 +257,24 @@ def keep(folder: Path, name: str, result: dict) -> None:
 
 
 def keep_in_book(results: dict[str, dict]) -> None:
-    """Write rows {number: result} to book/benchmarks.json, beside the rows that are there."""
-    path = ROOT / "book" / "benchmarks.json"
-    old = json.loads(path.read_text()) if path.is_file() else {}
-    write_atomically(path, lambda p: p.write_text(json.dumps(dict(sorted((old | results).items())), indent=1) + "\n"))
-    print(f"kept in {path}")
+    """Write rows {number: result} to book/benchmarks.json, beside the rows that are there, and all of them to the page."""
+    page = ROOT / "book" / "benchmarks.md"
+    path = page.with_suffix(".json")
+    kept = dict(sorted(((json.loads(path.read_text()) if path.is_file() else {}) | results).items()))
+    write_atomically(path, lambda p: p.write_text(json.dumps(kept, indent=1) + "\n"))
+    shown = "\n".join(f"{markdown(result)}\n{measured_on(result)}\n" for result in kept.values())
+    head = page.read_text().split(MARK)[0]
+    write_atomically(page, lambda p: p.write_text(f"{head}{MARK}\n\n{shown}"))
+    print(f"kept in {path} and {page}")
+
+
+def measured_on(result: dict) -> str:
+    """A sentence on where, when and how long a row was measured."""
+    host = result["machine"]
+    peak = f"; a product of matrices reaches {host['peak_gflops']:.0f} GFLOP/s in bfloat16" if "peak_gflops" in host else ""
+    took = f"{result['hours']:.1f} hours" if "hours" in result else f"{result['seconds'] / 60:.0f} min"
+    return (f"*{host['device']}, {host['cores']} cores, {host['threads']} threads, {host['instructions']}{peak}; torch "
+            f"{host['torch']}, diffusers {host['diffusers']}; commit {host['commit']}, {host['when']}, {took}.*")
 
 
 def noise(shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:

@@ -1,7 +1,7 @@
 """Beside peers: `python tests/benchmarks/run.py` measures rows 1, 2, 4 and 5, in one process, in at most 20 minutes.
 
-`--tiny` runs every row at a size at which numbers mean nothing, to see that it runs. `--keep` writes the result to
-book/benchmarks.json. Row 3 runs for hours and is fidelity.py.
+`--tiny` runs every row at a size at which numbers mean nothing, to see that it runs. `--keep` writes the result into
+the book. Row 3 runs for hours and is fidelity.py.
 """
 import os
 
@@ -53,7 +53,7 @@ def main() -> None:
     parse.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parse.add_argument("--threads", type=int, help="of PyTorch; by default one for each core this process may use")
     parse.add_argument("--out", type=Path, default=harness.ROOT / "runs" / "bench")
-    parse.add_argument("--keep", action="store_true", help="write book/benchmarks.json too")
+    parse.add_argument("--keep", action="store_true", help="write the result into the book too")
     args = parse.parse_args()
     if args.keep and args.tiny:
         parse.error("--tiny measures nothing that should be kept: leave out --keep")
