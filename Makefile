@@ -30,7 +30,7 @@ export: setup
 
 # BENCH="--rows 1 --forms eager": some rows; "--tiny": see that it runs; "--keep": write the result into the book
 bench: .venv/ready-bench
-	@$(BIN)/python tests/benchmarks/run.py $(BENCH)
+	@$(BIN)/python tests/benchmarks/bench.py $(BENCH)
 
 bench-fidelity: .venv/ready-bench
 	@$(BIN)/python tests/benchmarks/fidelity.py $(BENCH)

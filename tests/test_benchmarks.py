@@ -199,7 +199,7 @@ def test_a_peer_as_dit_says_the_same_and_refuses_other_sizes():
 @needs_diffusers
 @pytest.mark.parametrize("row", [1, 4, 5])
 def test_rows_run(row, tmp_path):
-    done = bench("run.py", "--tiny", "--rows", str(row), "--forms", "eager", out=tmp_path)
+    done = bench("bench.py", "--tiny", "--rows", str(row), "--forms", "eager", out=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads((tmp_path / f"row{row}.json").read_text())
     assert result["equal"] and all(table["rows"] for table in result["tables"]) and result["machine"]["diffusers"]
@@ -209,7 +209,7 @@ def test_rows_run(row, tmp_path):
 
 @needs_diffusers
 def test_tiny_is_never_kept(tmp_path):
-    done = bench("run.py", "--tiny", "--keep", out=tmp_path)
+    done = bench("bench.py", "--tiny", "--keep", out=tmp_path)
     assert done.returncode == 2 and "should be kept" in done.stderr
 
 

@@ -1,4 +1,4 @@
-"""Beside peers: `python tests/benchmarks/run.py` measures rows 1, 2, 4 and 5, in one process, in at most 20 minutes.
+"""Beside peers: `python tests/benchmarks/bench.py` measures rows 1, 2, 4 and 5, in one process, in at most 20 minutes.
 
 `--tiny` runs every row at a size at which numbers mean nothing, to see that it runs. `--keep` writes the result into
 the book. Row 3 runs for hours and is fidelity.py.
