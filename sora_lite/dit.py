@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['Words', 'Levels', 'level_features', 'place_features', 'modulate', 'SelfAttention', 'CrossAttention', 'SwiGLU',
-           'DiTBlock', 'ConvBlock', 'DiT', 'JointBlock', 'JointDiT', 'InContextDiT', 'UViT', 'MDT', 'TimeBlock',
-           'DiffiT']
+           'DiTBlock', 'ConvBlock', 'DiT', 'JointBlock', 'JointDiT', 'InContextDiT', 'UViT', 'MDT', 'TimeLinear',
+           'TimeBlock', 'DiffiT']
 
 # %% ../notebooks/05_dit.ipynb #a7858b51
 """The diffusion transformer: noise per token, words in attention, any size of clip."""
@@ -119,8 +119,13 @@ class DiTBlock(nn.Module):
             which @ part for part in rows.chunk(6, -1))
         if self.words is not None:
             x = x + self.words(x, lengths, words)
-        x = torch.addcmul(x, gate_msa, self.attention(modulate(x, shift_msa, scale_msa), lengths, turn, words))
+        seen = modulate(x, shift_msa, scale_msa)
+        x = torch.addcmul(x, gate_msa, self.attend(seen, level, lengths, turn, words))
         return torch.addcmul(x, gate_mlp, self.mlp(modulate(x, shift_mlp, scale_mlp)))
+
+    def attend(self, x: Tensor, level: Levels, lengths: list[int], turn, words: Words) -> Tensor:
+        """Self-attention; a variant lets the noise level into it."""
+        return self.attention(x, lengths, turn, words)
 
 
 class ConvBlock(nn.Module):
@@ -366,21 +371,31 @@ class MDT(DiT):
         return x
 
 
+class TimeLinear(nn.Linear):
+    """x W_s + c W_t: linear in a token x `[N, width]` and in the row c of its noise level (DiffiT, equations 3 to 5)."""
+
+    def __init__(self, width: int):
+        super().__init__(width, width)
+        self.time = nn.Linear(6 * width, width, bias=False)
+
+    def forward(self, x: tuple[Tensor, Levels]) -> Tensor:
+        x, (rows, which) = x
+        return super().forward(x) + which @ self.time(rows)
+
+
 class TimeBlock(DiTBlock):
-    """DiffiT's attention: queries, keys and values are linear in the token and in its noise level."""
+    """DiffiT's time-dependent self-attention: queries, keys and values see the noise level too."""
 
     def __init__(self, width: int, heads: int, words_width: int | None, mlp_ratio: float = 2.0):
         super().__init__(width, heads, words_width, mlp_ratio)
-        self.time = nn.Linear(6 * width, width)
-        nn.init.zeros_(self.time.weight)
+        self.attention.q, self.attention.k, self.attention.v = (TimeLinear(width) for _ in range(3))
 
-    def forward(self, x: Tensor, level: Levels, lengths: list[int], turn, words: Words) -> Tensor:
-        # adding W_t c to the input of q, k and v adds (W_q W_t) c to q, and so on
-        return super().forward(x + level[1] @ self.time(level[0]), level, lengths, turn, words)
+    def attend(self, x: Tensor, level: Levels, lengths: list[int], turn, words: Words) -> Tensor:
+        return self.attention((x, level), lengths, turn, words)
 
 
 class DiffiT(DiT):
-    """DiT with noise-dependent attention (Hatamizadeh 2024)."""
+    """DiT whose self-attention depends on the noise level (Hatamizadeh 2024), beside the adaLN of all blocks here."""
 
     def make_block(self, *sizes) -> nn.Module:
         return TimeBlock(*sizes)

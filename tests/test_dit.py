@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sora_lite.dit import MDT, ConvBlock, JointDiT, DiffiT, DiT, InContextDiT, UViT
+from sora_lite.dit import MDT, ConvBlock, DiTBlock, JointDiT, DiffiT, DiT, InContextDiT, TimeBlock, UViT
 from sora_lite.patches import coordinates, pack
 from sora_lite.pipeline import Denoiser, SoraLite, draw_mask, flow_loss
 from sora_lite.shapes import LEVELS, Shapes, caption, vocabulary
@@ -85,6 +85,33 @@ def test_fresh_convolutions_treat_frames_alike():
     x, condition = torch.randn(1, 5, 4, 4, 8), torch.randn(1, 32)
     frames = torch.cat([block(f, condition, which[:4], (1, 2, 2)) for f in x.split(1, 1)], 1)
     assert (block(x, condition, which, (1, 2, 2)) - frames).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_diffit_lets_the_noise_level_into_queries_keys_and_values_only(generator):
+    """Each is x W_s + c W_t, of the token as modulated and of the row of its level; the residual stream and what the
+    words are asked see no level."""
+    torch.manual_seed(0)
+    block, plain = TimeBlock(32, 2, 32), DiTBlock(32, 2, 32)
+    block.adaLN_bias[:] = 1
+    plain.load_state_dict(block.state_dict(), strict=False)
+    x, rows = torch.randn(6, 32, generator=generator), torch.randn(2, 6 * 32, generator=generator)
+    which = torch.eye(2)[torch.tensor([0, 0, 1, 0, 1, 1])]
+    sight, turn = {}, (torch.ones(6, 8), torch.zeros(6, 8))
+    see = lambda name: lambda module, given, made: sight.update({name: (given[0], made)})
+    for name in "qkv":
+        getattr(block.attention, name).register_forward_hook(see(name))
+    block.words.q.register_forward_hook(see("words"))
+    say = lambda b: b(x, (rows, which), [6], turn, (torch.ones(3, 32), [3]))
+    say(block)
+    assert torch.allclose(sight["words"][0], torch.nn.functional.layer_norm(x, (32,)))
+    for name in "qkv":
+        linear, ((tokens, _), made) = getattr(block.attention, name), sight[name]
+        assert torch.allclose(made, tokens @ linear.weight.T + linear.bias + (which @ rows) @ linear.time.weight.T, atol=1e-5)
+    assert (say(block) - say(plain)).abs().max() > 1e-2       # the level is heard
+    for b in (block, plain):
+        b.attention.out.weight.zero_()
+    assert torch.allclose(say(block), say(plain))             # through attention, and no other way
 
 
 @settings(max_examples=60, deadline=None)
