@@ -218,7 +218,8 @@ def bill(parameters: float, tokens: int, clips: float, *, gpu: Machine | None = 
 
 # %% ../notebooks/16_scale.ipynb #25238da3
 # FLOP/s of dense bfloat16 products, from NVIDIA's data sheets; the first name that fits counts
-PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L4": 121e12}
+PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+         "L40": 181e12, "L4": 121e12}
 
 
 def matrix_rate(device: torch.device, size: int = 1024, repeats: int = 8) -> float:

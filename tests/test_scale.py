@@ -20,13 +20,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sora_lite import scaling
 from sora_lite.budget import (Batch, Machine, activation_bytes, bill, flops_of_step, how_to_shard, muon_cost, peak_bytes,
-                              peak_of_training, shape_of, state_bytes, video_tokens)
+                              peak_of_training, peak_rate, shape_of, state_bytes, video_tokens)
 from sora_lite.crew import Crew, accelerator, recomputed
 from sora_lite.pipeline import SoraLite, flow_loss
 from sora_lite.recipes import CARDS, MovingMNIST, openvid, panda70m, something_something, ucf101
-from sora_lite.scale import Settings, launch, main, what_ended, world_of
+from sora_lite.scale import Settings, launch, main, run, what_ended, world_of
 from sora_lite.shapes import Shapes
-from sora_lite.shards import Stream, read_shards, vocabulary_of, write_shards
+from sora_lite.shards import Stream, card_of, read_shards, vocabulary_of, write_shards
 from sora_lite.train import fit, optimizers, orthogonalize
 from sora_lite.vae import VideoVAE
 from sora_lite.video import Clip, write
@@ -150,7 +150,7 @@ def test_writing_goes_on_where_it_stopped_and_refuses_a_mixture(folder, vae, tmp
     write_shards(folder, Colours(), vae, per_shard=3, jobs=1)
     assert {p.name: p.read_bytes() for p in folder.glob("*.tar")} == before
     assert (folder / "shard-000001.tar").stat().st_mtime_ns == kept
-    with pytest.raises(ValueError, match="made otherwise .seed"):
+    with pytest.raises(ValueError, match="made otherwise .seed 0, not 5"):
         write_shards(folder, Colours(), vae, per_shard=3, seed=5, jobs=1)
     with pytest.raises(ValueError, match="say how many"):
         write_shards(tmp_path / "x", Shapes(32, 32, 5), vae)
@@ -158,6 +158,55 @@ def test_writing_goes_on_where_it_stopped_and_refuses_a_mixture(folder, vae, tmp
         read_shards(tmp_path / "nothing")
     with pytest.raises(ValueError, match="8 shards, too few for 9"):
         read_shards(folder, rank=0, world=9)
+
+
+def test_a_folder_of_shards_grows_and_refuses_what_is_too_much(tmp_path, vae):
+    world = lambda **options: Shapes(32, 32, 5, **options)
+    write_shards(tmp_path, world(), vae, clips=5, per_shard=2, jobs=1)
+    first = (tmp_path / "shard-000000.tar").stat().st_mtime_ns
+    write_shards(tmp_path, world(), vae, clips=9, per_shard=2, jobs=1)          # the third had one clip and gets a second
+    assert sorted(indices(read_shards(tmp_path))) == list(range(9)) and card_of(tmp_path)["clips"] == 9
+    assert (tmp_path / "shard-000000.tar").stat().st_mtime_ns == first
+    write_shards(tmp_path / "at once", world(), vae, clips=9, per_shard=2, jobs=1)
+    for path in (tmp_path / "at once").glob("*.tar"):
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes()
+    for clips in (8, 3):                                                # a shard too many; a clip too many
+        with pytest.raises(ValueError, match=f"more than the {clips} clips asked for, shard-00000[14].tar"):
+            write_shards(tmp_path, world(), vae, clips=clips, per_shard=2, jobs=1)
+    with pytest.raises(ValueError, match="made otherwise .options"):    # the world's name does not say so
+        write_shards(tmp_path, world(pillar=0.5), vae, clips=9, per_shard=2, jobs=1)
+
+
+def test_any_shard_of_another_making_is_refused_not_only_the_first(folder, vae, tmp_path):
+    torch.manual_seed(1)
+    other = VideoVAE(4, widths=(8, 8)).save_pretrained(tmp_path / "vae")
+    write_shards(tmp_path / "other", Colours(), other, per_shard=3, jobs=1)
+    for suffix in (".tar", ".json"):
+        (folder / f"shard-000005{suffix}").write_bytes((tmp_path / "other" / f"shard-000005{suffix}").read_bytes())
+    for call in (lambda: write_shards(folder, Colours(), vae, per_shard=3, jobs=1), lambda: card_of(folder)):
+        with pytest.raises(ValueError, match="shard-000005.tar was made otherwise .another vae"):
+            call()
+    (folder / "shard-000005.json").write_text("{")
+    with pytest.raises(ValueError, match="shard-000005.json, the index of a shard, cannot be read"):
+        card_of(folder)
+
+
+def test_a_kill_while_a_shard_is_made_again_leaves_no_contradiction(tmp_path, vae, monkeypatch):
+    write_shards(tmp_path, Shapes(32, 32, 5), vae, clips=1, per_shard=2, jobs=1)
+    from sora_lite import shards
+
+    def killed(path, write):
+        if path.suffix == ".tar":
+            raise KeyboardInterrupt
+        return written(path, write)
+
+    written = shards.write_atomically
+    monkeypatch.setattr(shards, "write_atomically", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(tmp_path, Shapes(32, 32, 5), vae, clips=2, per_shard=2, jobs=1)
+    monkeypatch.setattr(shards, "write_atomically", written)
+    write_shards(tmp_path, Shapes(32, 32, 5), vae, clips=2, per_shard=2, jobs=1)
+    assert sorted(indices(read_shards(tmp_path))) == [0, 1]
 
 
 def test_machines_share_the_work_in_parallel(tmp_path, vae):
@@ -184,6 +233,19 @@ def test_damage_is_named_and_skipped(folder, vae):
     with pytest.warns(UserWarning, match="shard-000003.tar"):
         seen = indices(read_shards(folder, shuffle=1))
     assert not {9, 10, 11} & set(seen) and {12, 13, 14, 22} <= set(seen)
+
+
+@pytest.mark.filterwarnings("ignore:shard ")
+def test_a_wrong_byte_anywhere_costs_clips_but_never_changes_or_breaks_what_is_read(folder):
+    shard = folder / "shard-000002.tar"
+    good, whole = shard.read_bytes(), {about["index"]: (z, text) for z, text, about in read_shards(folder, shuffle=1)}
+    texts = [good.index(b"number 6"), good.index(b'"crc32"') + 10, good.index(b'{"world"')]
+    for at in (*range(0, len(good), 211), *texts):
+        shard.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1:])
+        seen = [(about["source"], z, text) for z, text, about in read_shards(folder, shuffle=1)]
+        assert len(seen) >= 23 - 3
+        for _, z, text in seen:
+            assert torch.equal(z, whole[int(text.split()[1])][0])
 
 
 def test_what_cannot_be_read_is_left_out_of_a_shard(tmp_path, vae):
@@ -246,9 +308,11 @@ def test_launch_trains_from_a_world_on_two_processes_and_saves_a_pipeline(tmp_pa
     assert a.defaults["frames"] == 9
 
 
-def test_a_failed_launch_is_a_sentence_and_parts_must_be_dealt_out_evenly(tmp_path):
-    with pytest.raises(ChildProcessError, match="there is no folder|holds no config.json.*no checkpoint yet"):
-        launch(settings_of(tmp_path, tmp_path))
+def test_a_failed_launch_is_a_sentence_and_parts_must_be_dealt_out_evenly(tmp_path, vae, folder):
+    for path in folder.glob("*.tar"):
+        path.write_bytes(b"no tar at all" * 100)
+    with pytest.raises(ChildProcessError, match="found no whole clip.*no checkpoint yet"):
+        launch(settings_of(tmp_path, vae, data=str(folder)))
     crew = Crew(SimpleNamespace(device=torch.device("cpu"), is_main_process=False, process_index=1, num_processes=2))
     assert crew.mine(6) == [1, 3, 5]
     with pytest.raises(ValueError, match="3 parts cannot be shared evenly among 2 processes: make parts a multiple of 2"):
@@ -263,7 +327,8 @@ def test_settings_are_checked(tmp_path, capsys):
     assert "'stepz'" in said and "did you mean steps" in said and "batch_size" in said and str(file) in said
     for bad, word in (({"steps": "many"}, "steps must be of type int"), ({"steps": 0}, "steps is too small"),
                       ({"strategy": "zero"}, "ddp or fsdp"), ({"bf16": 1}, "bf16 must be of type bool"),
-                      ({"device": "tpu"}, "cpu or cuda")):
+                      ({"device": "tpu"}, "cpu or cuda"), ({"lr": -1.0}, "lr must be a number above 0"),
+                      ({"warmup": 0}, "warmup is too small"), ({"timeout": float("nan")}, "timeout must be a number")):
         with pytest.raises(ValueError, match=word):
             Settings.of(bad)
     file.write_text("steps: [")
@@ -273,6 +338,43 @@ def test_settings_are_checked(tmp_path, capsys):
         Settings.read(tmp_path / "other.yaml")
     with pytest.raises(ValueError, match="photographs, crafter or a folder"):
         world_of(Settings.of({"data": "nowhere"}))
+
+
+def test_what_a_machine_cannot_train_is_a_sentence_before_anything_runs(tmp_path, vae, folder, monkeypatch, capsys):
+    torch.manual_seed(1)
+    other = VideoVAE(4, widths=(8, 8)).save_pretrained(tmp_path / "vae")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    shards = dict(data=str(folder))                                      # 8 of them
+    for bad, processes, said in (({"device": "cuda"}, 1, "device is cuda .* sees 0 GPU"), ({"parts": 3}, 2, "make parts a multiple of 2"),
+                                 ({"data": "nowhere"}, 1, "shapes, photographs, crafter or a folder"),
+                                 ({"parts": 8}, 1, "8 parts need as many shards, but there are 4"), (shards | {"parts": 9}, 1, "there are 8"),
+                                 (shards | {"vae": str(other)}, 1, "coded by another autoencoder"),
+                                 ({"vae": str(tmp_path)}, 1, "holds no config.json"), ({"heads": 3}, 1, "even number of channels"),
+                                 ({"frames": 8}, 1, "nearest size"), ({"height": 40}, 1, "nearest")):
+        settings = settings_of(tmp_path, **{"vae": vae} | bad)
+        before = torch.get_rng_state()
+        with pytest.raises((ValueError, FileNotFoundError), match=said):
+            launch(settings, processes)
+        assert not (tmp_path / "out").exists() and torch.equal(torch.get_rng_state(), before)
+    file = tmp_path / "settings.yaml"
+    file.write_text("device: cuda\n")
+    assert main(["--config", str(file)]) == 2 and "sees 0 GPU" in capsys.readouterr().err
+
+
+def test_a_run_refuses_a_checkpoint_of_other_settings(tmp_path, vae, capfd):
+    settings = lambda **options: settings_of(tmp_path, vae, **options)
+    run(settings(steps=2))
+    assert len(json.loads((run(settings(steps=2, save_every=1, recompute=True)).parent / "history.json").read_text())["losses"]) == 2
+    for other in ({"batch_size": 3}, {"depth": 2}, {"bf16": False}, {"warmup": 3}, {"clips": 12}):
+        with pytest.raises(ValueError, match="step-00000002 belongs to another run"):
+            run(settings(steps=2, **other))
+
+
+def test_peaks_are_those_of_the_gpu_and_not_of_one_with_a_shorter_name(monkeypatch):
+    for name, peak in (("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12), ("NVIDIA H100 NVL", 835e12), ("NVIDIA H100 80GB HBM3", 989e12),
+                       ("NVIDIA A100-SXM4-40GB", 312e12)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        assert peak_rate(torch.device("cuda"))[0] == peak, name
 
 
 # the planner

@@ -22,21 +22,19 @@ import harness
 import step
 from sora_lite.train import keep_memory
 
-CONV, PLAIN = dict(conv_depth=5), dict(conv_depth=0)             # chapter 5's sizes; 128 wide, 4 deep are the defaults
+CONV = dict(conv_depth=5)                                        # chapter 5's sizes; 128 wide, 4 deep are the defaults
 SHORT, LONG = (5, 4, 4), (3, 8, 8)                               # 80 tokens: 17 frames, 64 x 64; 192: 9 frames, 128 x 128
-COMPARED = [("chapter 5's, 80 tokens", CONV, SHORT), ("plain, 80 tokens", PLAIN, SHORT),
-            ("chapter 5's, 192 tokens", CONV, LONG), ("plain, 192 tokens", PLAIN, LONG)]
+COMPARED = [("clips of 80 tokens", CONV, SHORT), ("clips of 192 tokens", CONV, LONG)]
 SMALL = dict(width=64, depth=2, heads=4, conv_depth=1, conv_width=32)
 SIZES = {
     "default": {
         1: dict(settings=COMPARED, batch=32, seconds=160),
         2: dict(minutes=1.0, batch=4, seconds=40, held_out=32),
-        4: dict(stream=512, capacity=1024, settings=COMPARED[:2], clips=4, steps=20, seconds=100),
+        4: dict(stream=512, capacity=1024, settings=COMPARED[:1], clips=4, steps=20, seconds=100),
         5: dict(lengths=[2, 3, 5, 9, 17, 33, 49], sides=[2, 3, 4, 6, 8, 12], model=CONV, batch=4, counts=[1, 2], rounds=12,
                 seconds=60)},
     "tiny": {
-        1: dict(settings=[("small", SMALL, (2, 2, 2)), ("small and plain", SMALL | PLAIN, (2, 2, 2))], batch=2,
-                seconds=0.1, least=1),
+        1: dict(settings=[("small", SMALL, (2, 2, 2))], batch=2, seconds=0.1, least=1),
         2: dict(minutes=0.002, batch=1, seconds=0.1, held_out=2, least=1, coded=1),
         4: dict(stream=24, capacity=400, settings=[("small", SMALL, (2, 2, 2))], clips=2, steps=2, seconds=0.6, least=1),
         5: dict(lengths=[2, 3], sides=[2, 3], model=SMALL, batch=1, counts=[1, 2], rounds=3, seconds=0.1, least=1)},

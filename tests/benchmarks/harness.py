@@ -274,7 +274,8 @@ def measured_on(result: dict) -> str:
     peak = f"; a product of matrices reaches {host['peak_gflops']:.0f} GFLOP/s in bfloat16" if "peak_gflops" in host else ""
     took = f"{result['hours']:.1f} hours" if "hours" in result else f"{result['seconds'] / 60:.0f} min"
     return (f"*{host['device']}, {host['cores']} cores, {host['threads']} threads, {host['instructions']}{peak}; torch "
-            f"{host['torch']}, diffusers {host['diffusers']}; commit {host['commit']}, {host['when']}, {took}.*")
+            f"{host['torch']}, diffusers {host['diffusers']}; commit {host['commit']}"
+            f"{' and changes to it' if host.get('changed') else ''}, {host['when']}, {took}.*")
 
 
 def noise(shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:

@@ -49,6 +49,19 @@ class Ours(Contender):
         return unpatchify(said.view(b, n, -1), self.grid, PATCH)
 
 
+class Plain(Ours):
+    """Ours without convolutions: what they take in parameters goes into its width."""
+    family = "DiT"
+
+    def __init__(self, grid: Grid, width: int, depth: int, extra: int):
+        super().__init__(grid, width=width, depth=depth, heads=width // HEAD, mlp_ratio=extra / width, conv_depth=0)
+
+    @staticmethod
+    def extra(width: int) -> tuple[int, int]:
+        """Hidden channels of the MLP: 1 to 3 times the width (chapter 5's have 2)."""
+        return width, 3 * width
+
+
 class Wan(Contender):
     """Wan 2.1: self-attention with rotary positions, cross-attention to the words, adaLN from one projection."""
     family = "WanTransformer3DModel"
@@ -133,10 +146,11 @@ class Latte(Contender):
 
 
 PEERS = {"Wan": Wan, "CogVideoX": CogVideoX, "Latte": Latte}
+BESIDE = {"ours, plain": Plain} | PEERS                 # all that stand beside chapter 5's, with as many parameters
 
 
 def sized(kind: type[Contender], target: int, grid: Grid, depth: int = 4) -> tuple[int, int, int]:
-    """The sizes (width, depth, extra) with which a peer has as many parameters as `target`, within 5%.
+    """The sizes (width, depth, extra) with which a contender has as many parameters as `target`, within 5%.
 
     As deep as ours if that can be, else the nearest depth; then a width that matrix units like (a multiple of 32),
     then the nearest number. Nothing is allocated. ValueError if there are no such sizes.
@@ -173,9 +187,9 @@ def build(name: str, grid: Grid, ours: dict, seed: int = 0) -> tuple[Contender, 
     else:
         with torch.device("meta"):
             target, depth = parameters(Ours(grid, **ours)), Ours(grid, **ours).dit.config["depth"]
-        width, deep, extra = sized(PEERS[name], target, grid, depth)
-        model = PEERS[name](grid, width, deep, extra)
-        said = f"{width} wide, {deep} deep" + (f", {'feed-forward' if name == 'Wan' else 'time'} {extra}" if extra else "")
+        width, deep, extra = sized(BESIDE[name], target, grid, depth)
+        model = BESIDE[name](grid, width, deep, extra)
+        said = f"{width} wide, {deep} deep" + (f", {'time' if name == 'CogVideoX' else 'feed-forward'} {extra}" if extra else "")
     for p in model.parameters():
         if p.ndim > 1 and not p.any():
             nn.init.normal_(p, std=0.02)
