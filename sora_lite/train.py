@@ -246,19 +246,22 @@ def fit(model: nn.Module, batch: Callable | Sequence[Callable], loss: Callable, 
         matrix_lr: float = 0.02, warmup: int = 50, schedule: str = "wsd", decay: float = 0.4,
         ema: float = 0.99, clip: float = 1.0, seed: int = 0, bf16: bool = True, device="cpu",
         folder: str | Path | None = None, save_every: int = 200, desc: str = "training",
-        watch: Callable[[int], None] | None = None, watch_at: Iterable[int] = (), parts: int = 1,
-        engine: Engine | None = None) -> History:
+        settings: dict | None = None, watch: Callable[[int], None] | None = None, watch_at: Iterable[int] = (),
+        parts: int = 1, engine: Engine | None = None) -> History:
     """Train `model` in place; afterwards it holds its averaged weights.
 
     Generators live on the CPU, so that a seed means the same numbers on every device.
     batch: (step, generator) -> anything; loss: (model, batch, generator) -> scalar or (scalar, {name: float}).
     folder: where `last.pt` is kept every `save_every` steps and resumed from; None keeps nothing.
+    settings: plain values of whatever else decides the training (batch size, size of the pool, weights it starts from):
+    give them with `folder`, so that a checkpoint made with others is refused and not taken on.
     watch: called with the number of steps done after each of the steps `watch_at`, while the model holds its
     averaged weights: one training then shows what shorter ones would have made.
     parts: a step's batch is made of so many parts, each by a call of `batch` (or of its own, if `batch` is a list of
     `parts`), and its gradient is the mean of theirs. engine: several processes share the parts (chapter 16).
     Raises FloatingPointError at the first loss that is not finite, naming the step; the last good
-    checkpoint stays. KeyboardInterrupt saves first, then is raised again (on several processes it does not save).
+    checkpoint stays. KeyboardInterrupt saves first, then is raised again; inside an update of the weights, or on several
+    processes, it does not save, and the last checkpoint stays.
     """
     engine, history = engine or Engine(device), History()
     device, folder = engine.device, Path(folder) if folder else None
@@ -273,17 +276,20 @@ def fit(model: nn.Module, batch: Callable | Sequence[Callable], loss: Callable, 
     average = [local(p.detach()).clone() for p in params]
     opts = optimizers(model, lr, matrix_lr)
     base = [[g["lr"] for g in o.param_groups] for o in opts]
-    plan = dict(steps=steps, seed=seed, lr=lr, matrix_lr=matrix_lr, schedule=schedule,
-                model=str(getattr(model, "config", type(model).__name__.removeprefix("FSDP"))))
+    plan = dict(steps=steps, seed=seed, lr=lr, matrix_lr=matrix_lr, warmup=warmup, schedule=schedule, decay=decay, ema=ema,
+                clip=clip, bf16=bf16, model=str(getattr(model, "config", type(model).__name__.removeprefix("FSDP"))))
     plan |= {"parts": parts} if parts > 1 else {}
+    plan |= {"settings": settings} if settings else {}
     save = lambda: folder and engine.save(folder, plan, model, average, opts, vars(history))
     if folder and engine.found(folder):
         history = History(**engine.load(folder, plan, model, average, opts))
     begun = time.time() - history.seconds
     bar = tqdm(range(history.steps, steps), initial=history.steps, total=steps, desc=desc, mininterval=2,
                disable=not engine.speaks)
+    whole, buffers = True, []                             # is no update half done; buffers at the start of the step
     try:
         for step in bar:
+            buffers = [b.clone() for b in model.buffers()]
             for o, lrs in zip(opts, base):
                 for group, value in zip(o.param_groups, lrs):
                     group["lr"] = value * rate(step, steps, warmup=warmup, schedule=schedule, decay=decay)
@@ -307,6 +313,7 @@ def fit(model: nn.Module, batch: Callable | Sequence[Callable], loss: Callable, 
                     + (f"The last good checkpoint is {kept}" if kept else "No checkpoint was kept (give `folder`)")
                     + "; lower lr or matrix_lr, or train with bf16=False.")
             torch.nn.utils.clip_grad_norm_(params, clip)
+            whole = False
             for o in opts:
                 o.step()
                 o.zero_grad(set_to_none=True)
@@ -319,12 +326,15 @@ def fit(model: nn.Module, batch: Callable | Sequence[Callable], loss: Callable, 
             for name, figure in figures.items():
                 history.figures.setdefault(name, []).append(figure)
             history.steps, history.seconds = step + 1, time.time() - begun
+            whole = True
             if step % 20 == 0:
                 bar.set_postfix(loss=f"{history.losses[-1]:.4f}", refresh=False)
             if (step + 1) % save_every == 0 and step + 1 < steps:
                 save()
     except KeyboardInterrupt:
-        if engine.alone:                              # others may stand at another step
+        if engine.alone and whole:                    # others may stand at another step
+            for b, value in zip(model.buffers(), buffers):
+                b.copy_(value)
             save()
         raise
     save()

@@ -129,6 +129,8 @@ class VQ(nn.Module):
 
     def __init__(self, channels: int, codes: int = 1024, decay: float = 0.95):
         super().__init__()
+        if codes < 2:
+            raise ValueError(f"a codebook needs at least 2 codes, got {codes}")
         self.channels, self.wants, self.decay = channels, channels, decay
         self.register_buffer("codebook", torch.randn(codes, channels))
         self.register_buffer("count", torch.ones(codes))
@@ -157,10 +159,16 @@ class VQ(nn.Module):
 
 
 class FSQ(nn.Module):
-    """Finite scalar quantisation (Mentzer 2024): each of Z channels rounded to one of `levels` values."""
+    """Finite scalar quantisation (Mentzer 2024): each of Z channels rounded to one of `levels` values, an odd number.
+
+    An even number would need an offset of half a level (Mentzer 2024, sec. 3.1), and is refused.
+    """
 
     def __init__(self, channels: int, levels: int = 5):
         super().__init__()
+        if levels < 3 or levels % 2 != 1:
+            raise ValueError(f"levels must be odd and at least 3, so that they lie evenly about zero: got {levels}, "
+                             f"take {max(3, int(levels) // 2 * 2 + 1)}")
         self.channels, self.wants, self.levels = channels, channels, levels
 
     def forward(self, h: Tensor, generator: torch.Generator | None = None, sample: bool = False):
@@ -189,6 +197,8 @@ class VideoVAE(nn.Module, Pretrained):
                            bottleneck=bottleneck, options=options or {})
         if bottleneck not in BOTTLENECKS:
             raise ValueError(f"bottleneck {bottleneck!r} is unknown: choose one of {list(BOTTLENECKS)}")
+        if channels < 1:
+            raise ValueError(f"channels must be at least 1, got {channels}")
         fine, coarse = widths
         blocks = lambda n, width, factored: nn.ModuleList(ResBlock(width, factored) for _ in range(n))
         self.bottleneck = BOTTLENECKS[bottleneck](channels, **(options or {}))

@@ -1,5 +1,9 @@
 """The lab bench: checked beginnings, run folders, weights that are found, the ledger, stills that fit."""
+import functools
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -95,21 +99,127 @@ def test_a_machine_that_hides_its_tiles_is_known_by_its_cpuid_level(level, flags
 
 def test_an_experiment_is_made_once_per_setting_and_source():
     lab.start("smoke", 0)
-    made = []
+    made = torch.zeros(1)                                   # what is in a tensor does not count
 
     def make():
-        made.append(1)
+        made.add_(1)
         return {"loss": [1.5, 2.0]}
-
-    def other():
-        return 1
 
     for _ in range(2):
         assert lab.cached("06-test", make, steps=3) == {"loss": [1.5, 2.0]}
-    assert len(made) == 1
-    lab.cached("06-test", make, steps=4), lab.cached("06-test", make, other, steps=3)
-    assert len(made) == 3
+    assert made == 1
+    lab.cached("06-test", make, steps=4), lab.cached("06-test", functools.partial(make), steps=3)
+    assert made == 3
     assert {p.suffix for p in (lab.run_dir() / "cache").iterdir()} == {".safetensors"}   # nothing half-written is left
+
+
+NOTEBOOK = """
+import functools
+import torch
+from sora_lite import lab
+
+SIZES = {"small": 1, "large": [2, 3]}
+STEPS = 4
+KINDS = {"red", "green", "blue"}
+WEIGHTS = torch.zeros(2)
+WORLD = lab.Path(".")                                       # an object whose contents are not looked into
+
+
+class Base:
+    def inherited(self): return 5
+
+
+class Model(torch.nn.Module, Base):
+    channels = 6
+
+    def forward(self, x): return x + self.bias
+
+    @property
+    def bias(self): return 7
+
+    @classmethod
+    def made(cls): return [8]
+
+    @functools.cached_property
+    def kept(self): return 9
+
+
+model = torch.nn.Sequential(Model())
+method = Model().forward
+
+
+def factor(): return 10
+def unused(): return 11
+def deep(): return factor() * STEPS
+def default(x=SIZES["small"]): return x
+def even(n): return n == 0 or odd(n - 1)
+def odd(n): return n == 12 or even(n - 1)
+def in_a_list(): return 13
+def nested(): return sum((lambda x: x * in_a_list())(k) for k in range(3))
+
+
+@torch.no_grad()
+def decorated(): return 14
+
+
+@functools.lru_cache
+def remembered(): return 15
+
+
+def closed(number):
+    return lambda: number + len(WEIGHTS)
+
+
+WAYS = [("deep", deep), ("other", lambda x: x
+         + 16)]
+inner = closed(17)
+
+
+def make(x=0):
+    time = torch.rand(1)                                    # a local name, as that of a global one
+    return deep(), SIZES, KINDS, even(x), nested(), default(), decorated(), remembered(), WAYS, inner(), model(x), method, WORLD
+
+
+time = 18
+"""
+# what is changed in the notebook, and whether the result of `make` depends on it
+CHANGES = [("return 10\n", "return 100\n", True), ("STEPS = 4", "STEPS = 40", True), ("[2, 3]", "[2, 30]", True),
+           ('"small": 1', '"small": 10', True), ('"green"', '"grey"', True), ("return 5", "return 50", True),
+           ("channels = 6", "channels = 60", True), ("return 7", "return 70", True), ("[8]", "[80]", True),
+           ("return 9", "return 90", True), ("n == 12", "n == 120", True), ("return 13", "return 130", True),
+           ("return 14", "return 140", True), ("return 15", "return 150", True), ("+ 16", "+ 160", True),
+           ("closed(17)", "closed(170)", True), ("odd(n - 1)", "not odd(n - 1)", True), ("make(x=0)", "make(x=1)", True),
+           ("return 11", "return 110", False), ("time = 18", "time = 180", False), ("zeros(2)", "ones(2)", False),
+           ("# a local name", "# a comment", False)]
+
+
+def path_in(source: str, make: str = "make") -> str:
+    """Where a notebook of this source would keep what its function `make` makes."""
+    scope = {"__name__": "__main__", "functools": functools}
+    exec(compile(source, "a cell", "exec"), scope)
+    return lab.cache_path("a", eval(make, scope)).name
+
+
+@pytest.mark.parametrize("old, new, counts", CHANGES, ids=[old for old, _, _ in CHANGES])
+def test_results_are_kept_under_the_code_and_constants_that_made_them(old, new, counts):
+    assert old in NOTEBOOK
+    assert (path_in(NOTEBOOK) != path_in(NOTEBOOK.replace(old, new))) is counts
+
+
+def test_partials_and_lambdas_are_looked_through():
+    forms = ["lambda: make()", "lambda: make(1)", "functools.partial(make, 1)", "functools.partial(make, x=1)",
+             "functools.partial(make, 2)", "functools.partial(make, deep)", "functools.partial(make, [odd])", "method"]
+    assert len({path_in(NOTEBOOK, form) for form in forms}) == len(forms)
+    changed = NOTEBOOK.replace("return 10\n", "return 100\n")
+    assert all(path_in(NOTEBOOK, form) != path_in(changed, form) for form in forms[:-1])
+
+
+def test_a_path_is_the_same_in_every_process():
+    code = (f"import functools; from sora_lite import lab; scope = dict(__name__='__main__')\n"
+            f"exec({NOTEBOOK!r}, scope); [scope['deep']() for _ in range(99)]; print(lab.cache_path('a', scope['make']).name)")
+    run = lambda seed: subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                                      env=os.environ | {"PYTHONHASHSEED": seed}).stdout
+    assert run("1") == run("2")
 
 
 def test_tensors_of_an_experiment_come_back_as_they_were():

@@ -75,6 +75,67 @@ def test_a_truncated_checkpoint_and_one_of_another_run_are_refused(tmp_path):
         tiny(folder=tmp_path)
 
 
+OTHERS = [dict(lr=1e-4), dict(matrix_lr=1e-4), dict(warmup=3), dict(decay=0.1), dict(ema=0.5), dict(clip=9.0), dict(bf16=False),
+          dict(schedule="cosine"), dict(settings=dict(batch=16)), dict(settings=None)]
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=str)
+def test_a_checkpoint_made_with_other_settings_is_refused(tmp_path, other):
+    tiny(folder=tmp_path, settings=dict(batch=8))
+    assert tiny(folder=tmp_path, settings=dict(batch=8))[1].steps == 12                 # with its own it is taken on
+    with pytest.raises(ValueError, match="belongs to another run"):
+        tiny(folder=tmp_path, **dict(settings=dict(batch=8)) | other)
+
+
+class Counting(nn.Linear):
+    """A layer that, like a VQ codebook, changes a buffer in its forward pass."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x):
+        self.seen += 1
+        return super().forward(x)
+
+
+def count(folder, **options):
+    torch.manual_seed(0)
+    model = Counting()
+    fit(model, lambda k, g: torch.randn(8, 4, generator=g), options.pop("loss", lambda m, x, g: m(x).float().square().mean()),
+        steps=12, folder=folder, save_every=5, **options)
+    return model.state_dict()
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where, kept", [("loss", 7), ("optimiser", 5), ("average", 5), ("watch", 5)])
+def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, monkeypatch, where, kept):
+    """An interrupt before the weights change is saved; one among the changes leaves the checkpoint before."""
+    whole, calls = count(tmp_path / "whole"), []
+
+    def at_the_eighth(real):
+        def call(*args, **options):
+            calls.append(1)
+            done = real(*args, **options)
+            return interrupt() if len(calls) == 8 else done
+        return call
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if where == "optimiser":
+            patch.setattr(Muon, "step", at_the_eighth(Muon.step))
+        if where == "average":
+            patch.setattr(torch, "_foreach_lerp_", at_the_eighth(torch._foreach_lerp_))
+        loss = lambda m, x, g: m(x).float().square().mean()
+        count(tmp_path / "cut", loss=at_the_eighth(loss) if where == "loss" else loss,
+              **dict(watch=interrupt, watch_at=[8]) if where == "watch" else {})
+    assert torch.load(tmp_path / "cut" / "last.pt", weights_only=True)["history"]["steps"] == kept
+    again = count(tmp_path / "cut")
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+
+
 def test_a_failed_write_changes_nothing(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("before")

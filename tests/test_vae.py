@@ -1,10 +1,15 @@
 """The autoencoder: causal, any size, pieces equal the whole, clear errors."""
+from pathlib import Path
+
+import nbformat
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sora_lite.vae import BOTTLENECKS, VideoVAE, psnr
+from sora_lite import vae as vae_module
+from sora_lite.shapes import Shapes
+from sora_lite.vae import BOTTLENECKS, FSQ, VideoVAE, psnr
 
 
 def model(bottleneck="kl"):
@@ -54,9 +59,28 @@ def test_sizes_that_cannot_be_are_named_with_the_nearest_that_can():
         VideoVAE(bottleneck="gan")
 
 
+@pytest.mark.parametrize("levels", [2, 4, 1, 0, -3, 3.5])
+def test_levels_that_do_not_lie_evenly_about_zero_are_refused(levels):
+    with pytest.raises(ValueError, match="odd and at least 3"):
+        VideoVAE(bottleneck="fsq", options=dict(levels=levels))
+
+
+@pytest.mark.parametrize("levels", [3, 5, 9])
+def test_a_channel_takes_each_of_its_levels_and_no_other(levels):
+    z, *_ = FSQ(1, levels)(torch.linspace(-9, 9, 1000).view(1, 1, 10, 10, 10))
+    assert torch.allclose(z.unique(), torch.linspace(-1, 1, levels))
+
+
+@pytest.mark.parametrize("bottleneck", BOTTLENECKS)
+def test_latents_without_channels_or_codes_are_refused(bottleneck):
+    with pytest.raises(ValueError, match="channels must be at least 1"):
+        VideoVAE(channels=0, bottleneck=bottleneck)
+    with pytest.raises(ValueError, match="at least 2 codes"):
+        VideoVAE(bottleneck="vq", options=dict(codes=1))
+
+
 @pytest.mark.parametrize("name", BOTTLENECKS)
 def test_every_bottleneck_learns(name):
-    from sora_lite.shapes import Shapes
     from sora_lite.train import fit
 
     vae = model(name)
@@ -70,9 +94,16 @@ def test_every_bottleneck_learns(name):
     assert sum(history.losses[-5:]) < 0.6 * sum(history.losses[:5])
 
 
-def test_latents_are_normalised(generator):
-    from sora_lite.shapes import Shapes
+def test_the_chapter_counts_its_cost_on_the_device_that_trains():
+    """The "meta" device stands in for a GPU: like there, tensors of two devices do not mix."""
+    notebook = nbformat.read(Path(__file__).parent.parent / "notebooks" / "02_compression.ipynb", 4)
+    cell = next(c.source for c in notebook.cells if "get_total_flops" in c.source)
+    scope = dict(vars(vae_module), Shapes=Shapes, vae=VideoVAE(), batch_size=1, train_steps=1, run_device=torch.device("meta"))
+    exec(cell, scope)
+    assert scope["flops"] > 1e9
 
+
+def test_latents_are_normalised(generator):
     vae = model()
     videos = [Shapes(height=32, width=32).batch(8, generator)[0] for _ in range(2)]
     vae.measure_latents(videos)
@@ -85,8 +116,6 @@ def test_psnr_of_a_known_error():
 
 
 def test_the_start_is_the_best_linear_code(generator):
-    from sora_lite.shapes import Shapes
-
     video, vae = Shapes(height=32, width=32).batch(24, generator)[0], VideoVAE(channels=12)
     vae.start_from_pca(video)
     gained = lambda v: psnr(vae.decode(vae.encode(v)), v).mean().item()
