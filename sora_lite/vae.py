@@ -95,9 +95,10 @@ class ChannelNorm(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """x + conv(silu(conv(norm(x)))), causal, the identity at first."""
+    """x + conv(silu(conv(norm(x)))), causal, the identity at first. factored: one convolution over space and one over
+    time, (2+1)-D (Tran 2018); else both are 3 x 3 x 3."""
 
-    def __init__(self, channels: int, factored: bool = False):
+    def __init__(self, channels: int, factored: bool = True):
         super().__init__()
         self.norm = ChannelNorm(channels)
         self.conv1 = CausalConv3d(channels, channels, (1, 3, 3) if factored else (3, 3, 3))
@@ -185,32 +186,34 @@ class VideoVAE(nn.Module, Pretrained):
 
     T = 1 + rt (t - 1), H = rs h, W = rs w, where rt and rs are the products of the two folds. Arguments: latent
     channels Z; widths of the two grids; residual blocks of encoder and decoder at the (fine, latent) grid;
-    the two folds; the bottleneck, one of `BOTTLENECKS`, with its arguments.
+    the two folds; the bottleneck, one of `BOTTLENECKS`, with its arguments; whether the blocks of the two grids have
+    factored kernels.
     """
     rim = ("enter.", "leave.")
 
     def __init__(self, channels: int = 24, widths=(96, 192), encoder=(1, 1), decoder=(2, 2),
-                 folds=((2, 4, 4), (2, 2, 2)), bottleneck: str = "kl", options: dict | None = None):
+                 folds=((2, 4, 4), (2, 2, 2)), bottleneck: str = "kl", options: dict | None = None,
+                 factored=(True, True)):
         super().__init__()
         self.config = dict(channels=channels, widths=list(widths), encoder=list(encoder),
                            decoder=list(decoder), folds=[list(f) for f in folds],
-                           bottleneck=bottleneck, options=options or {})
+                           bottleneck=bottleneck, options=options or {}, factored=list(factored))
         if bottleneck not in BOTTLENECKS:
             raise ValueError(f"bottleneck {bottleneck!r} is unknown: choose one of {list(BOTTLENECKS)}")
         if channels < 1:
             raise ValueError(f"channels must be at least 1, got {channels}")
+        blocks = lambda n, grid: nn.ModuleList(ResBlock(widths[grid], factored[grid]) for _ in range(n))
         fine, coarse = widths
-        blocks = lambda n, width, factored: nn.ModuleList(ResBlock(width, factored) for _ in range(n))
         self.bottleneck = BOTTLENECKS[bottleneck](channels, **(options or {}))
         self.enter = Fold(3, fine, folds[0])
-        self.encode_fine = blocks(encoder[0], fine, False)
+        self.encode_fine = blocks(encoder[0], 0)
         self.down = Fold(fine, coarse, folds[1])
-        self.encode_coarse = blocks(encoder[1], coarse, True)
+        self.encode_coarse = blocks(encoder[1], 1)
         self.to_latent = nn.Sequential(ChannelNorm(coarse), nn.Conv3d(coarse, self.bottleneck.wants, 1))
         self.from_latent = nn.Conv3d(channels, coarse, 1)
-        self.decode_coarse = blocks(decoder[1], coarse, True)
+        self.decode_coarse = blocks(decoder[1], 1)
         self.up = Unfold(coarse, fine, folds[1])
-        self.decode_fine = blocks(decoder[0], fine, False)
+        self.decode_fine = blocks(decoder[0], 0)
         self.last_norm = ChannelNorm(fine)
         self.leave = Unfold(fine, 3, folds[0])
         self.ratio = tuple(a * b for a, b in zip(*folds))                    # (4, 8, 8)
