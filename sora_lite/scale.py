@@ -156,9 +156,10 @@ def check(settings: Settings, processes: int = 1) -> None:
     if ready and card_of(s.data)["vae"] != fingerprint(Path(s.vae)):
         raise ValueError(f"the shards in {s.data} were coded by another autoencoder than {s.vae}: set vae to the one "
                          f"that made them, or make them again")
-    vae = VideoVAE.from_pretrained(s.vae)
-    with torch.random.fork_rng([]), torch.device("meta"):       # shapes without numbers: refuses sizes that cannot be
-        model = build(s, [], vae.config["channels"])
+    with torch.random.fork_rng([]):                      # nobody's random numbers change
+        vae = VideoVAE.from_pretrained(s.vae)
+        with torch.device("meta"):                       # shapes without numbers: refuses sizes that cannot be
+            model = build(s, [], vae.config["channels"])
     SoraLite(vae, model.text, model.dit).latent_grid(s.frames, s.height, s.width)
 
 
@@ -174,8 +175,8 @@ def run(settings: Settings) -> Path:
         write_shards(data, world_of(s), s.vae, clips=s.clips, per_shard=s.per_shard, seed=s.seed,
                      share=(crew.rank, crew.world), jobs=1, device=crew.device)
         crew.accelerator.wait_for_everyone()
-    decides = {name: getattr(s, name) for name in ("model_width", "depth", "heads", "conv_depth", "conv_width",
-                                                   "batch_size", "warmup", "bf16", "workers")}
+    decides = dict(data=card_of(data)) | {name: getattr(s, name) for name in (
+        "model_width", "depth", "heads", "conv_depth", "conv_width", "batch_size", "workers")}
     vae, words = VideoVAE.from_pretrained(s.vae), vocabulary_of(data)
     model = build(s, words, vae.config["channels"])
     blocks = [*model.dit.blocks, *model.dit.stem, *model.dit.head]
@@ -190,7 +191,7 @@ def run(settings: Settings) -> Path:
             stack.enter_context(compiled(blocks, crew.device))
         history = fit(model, streams, flow_loss, steps=s.steps, lr=s.lr, matrix_lr=s.matrix_lr, warmup=s.warmup,
                       seed=s.seed, bf16=s.bf16, folder=out / "checkpoints", save_every=s.save_every, parts=s.parts,
-                      engine=crew, settings=decides | dict(data=card_of(data)), desc=f"{crew.world} x {s.strategy}")
+                      engine=crew, settings=decides, desc=f"{crew.world} x {s.strategy}")
     state = whole_state(model)
     if crew.speaks:
         whole = build(s, words, vae.config["channels"])
