@@ -146,8 +146,10 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor, which: Tensor, patch: tuple[int, int, int]) -> Tensor:
         b, (t, h, w) = len(x), (n // p for n, p in zip(x.shape[1:4], patch))
-        shift, scale, gate = ((which @ part).view(b, t, 1, h, 1, w, 1, -1)
-                              for part in self.adaLN(condition).chunk(3, -1))
+        # for each of a token's cells, one axis at a time: the gradient of a broadcast over two takes four times as long
+        wide = lambda y: y.view(b, t, 1, h, 1, w, 1, -1).expand(b, t, 1, h, 1, w, patch[2], -1).expand(
+            b, t, 1, h, patch[1], w, patch[2], -1)
+        shift, scale, gate = (wide(which @ part) for part in self.adaLN(condition).chunk(3, -1))
         cut = lambda y: y.view(b, t, patch[0], h, patch[1], w, patch[2], -1)
         y = modulate(cut(x), shift, scale).view(x.shape).permute(0, 4, 1, 2, 3)     # channels last, as it lies
         y = F.silu(self.space(y))

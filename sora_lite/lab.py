@@ -226,10 +226,15 @@ def _kept(path: Path) -> object:
         return rest | {k: file.get_tensor(k) for k in file.keys()} if file.keys() else rest
 
 
-def fingerprint(folder: Path) -> str:
-    """What tells the weights in a folder from all others: a key for results that depend on them."""
-    files = sorted(Path(folder).rglob("*.safetensors"))
-    return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()
+def fingerprint(what: Path | torch.nn.Module | Tensor) -> str:
+    """What tells the weights in a folder, a model's weights or a tensor from all others: a key for results that depend
+    on them."""
+    if isinstance(what, (torch.nn.Module, Tensor)):
+        tensors = [what] if isinstance(what, Tensor) else what.state_dict().values()
+        parts = [x.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for x in tensors]
+    else:
+        parts = [p.read_bytes() for p in sorted(Path(what).rglob("*.safetensors"))]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 # %% ../notebooks/A_lab.ipynb #181d1e8c
 def cached_each(name: str, make: Callable[..., object], settings: dict, /, **key) -> dict:

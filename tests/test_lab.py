@@ -275,3 +275,13 @@ def test_fingerprint_changes_with_the_weights_and_not_with_the_rest(tmp_path):
     assert lab.fingerprint(tmp_path) == before
     save_file({"w": torch.zeros(2)}, tmp_path / "model.safetensors")
     assert lab.fingerprint(tmp_path) != before
+
+
+def test_fingerprint_of_a_model_and_of_a_tensor_changes_with_any_number():
+    model, x = torch.nn.Linear(3, 2), torch.arange(6.0).half().view(2, 3).T
+    before = lab.fingerprint(model), lab.fingerprint(x)
+    assert (lab.fingerprint(model), lab.fingerprint(x.clone())) == before and before[0] != before[1]
+    with torch.no_grad():
+        model.bias[1] += 1
+    x[2, 0] += 1
+    assert not set(before) & {lab.fingerprint(model), lab.fingerprint(x)}
