@@ -330,7 +330,7 @@ def test_settings_are_checked(tmp_path, capsys):
     for bad, word in (({"steps": "many"}, "steps must be of type int"), ({"steps": 0}, "steps is too small"),
                       ({"strategy": "zero"}, "ddp or fsdp"), ({"bf16": 1}, "bf16 must be of type bool"),
                       ({"device": "tpu"}, "cpu or cuda"), ({"lr": -1.0}, "lr must be a number above 0"),
-                      ({"warmup": 0}, "warmup is too small"), ({"timeout": float("nan")}, "timeout must be a number")):
+                      ({"warmup": -1}, "warmup is too small"), ({"timeout": float("nan")}, "timeout must be a number")):
         with pytest.raises(ValueError, match=word):
             Settings.of(bad)
     file.write_text("steps: [")
