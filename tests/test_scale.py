@@ -389,7 +389,8 @@ def test_peaks_are_those_of_the_gpu_and_not_of_one_with_a_shorter_name(monkeypat
     ({"mfu_clips": 0}, "mfu_clips must be"), ({"mfu_tokens": [0]}, "mfu_tokens must be"), ({"mfu_tokens": 64}, "mfu_tokens must be"),
     ({"mfu_models": {"S": [40, 1]}}, "mfu_models must be"), ({"mfu_models": {"S": [48]}}, "mfu_models must be"),
     ({"mfu_models": [48, 1]}, "mfu_models must be")])
-def test_impossible_parameters_of_the_chapter_end_it_at_once(bad, said):
+def test_impossible_parameters_of_the_chapter_end_it_at_once(bad, said, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     cells = [c.source for c in nbformat.read(ROOT / "notebooks" / "16_scale.ipynb", 4).cells if c.cell_type == "code"]
     at = next(i for i, source in enumerate(cells) if source.startswith("profile ="))
     space = {}
