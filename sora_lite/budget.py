@@ -222,8 +222,10 @@ PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12
          "L40": 181e12, "L4": 121e12}
 
 
-def matrix_rate(device: torch.device, size: int = 1024, repeats: int = 8) -> float:
-    """FLOP/s of a product of two square bfloat16 matrices on a device: the best of some repeats."""
+def matrix_rate(device: torch.device, size: int | None = None, repeats: int = 8) -> float:
+    """FLOP/s of a product of two square bfloat16 matrices on a device: the best of some repeats. size: None for 1,024
+    on a CPU and 8,192 on a GPU, which smaller ones do not fill."""
+    size = size or (1024 if torch.device(device).type == "cpu" else 8192)
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     return 2 * size ** 3 / min(seconds_of(lambda: a @ b, device) for _ in range(repeats))
 

@@ -190,8 +190,11 @@ def recomputed(modules: list[nn.Module]) -> Iterator[None]:
     """While open, each of the modules keeps only its input for the backward pass, and computes the rest twice."""
     from torch.utils.checkpoint import checkpoint
 
+    def twice(inside: Callable) -> Callable:         # a function of our own: torch.compile passes over one of PyTorch's
+        return lambda *args: checkpoint(inside, *args, use_reentrant=False)
+
     for module in modules:
-        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+        module.forward = twice(module.forward)
     try:
         yield
     finally:

@@ -75,7 +75,7 @@ class Settings:
             value, wanted = getattr(self, field.name), (int, float) if field.type is float else field.type
             if not isinstance(value, wanted) or (isinstance(value, bool) and field.type is not bool):
                 raise ValueError(f"setting {field.name} must be of type {field.type.__name__}, got {value!r}")
-            if field.type is int and value < (field.name not in ("seed", "conv_depth", "workers")):
+            if field.type is int and value < (field.name not in ("seed", "conv_depth", "workers", "warmup")):
                 raise ValueError(f"setting {field.name} is too small: {value}")
             if field.type is float and not 0 < value < math.inf:
                 raise ValueError(f"setting {field.name} must be a number above 0, got {value}")

@@ -12,9 +12,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import av
+import nbformat
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -328,7 +330,7 @@ def test_settings_are_checked(tmp_path, capsys):
     for bad, word in (({"steps": "many"}, "steps must be of type int"), ({"steps": 0}, "steps is too small"),
                       ({"strategy": "zero"}, "ddp or fsdp"), ({"bf16": 1}, "bf16 must be of type bool"),
                       ({"device": "tpu"}, "cpu or cuda"), ({"lr": -1.0}, "lr must be a number above 0"),
-                      ({"warmup": 0}, "warmup is too small"), ({"timeout": float("nan")}, "timeout must be a number")):
+                      ({"warmup": -1}, "warmup is too small"), ({"timeout": float("nan")}, "timeout must be a number")):
         with pytest.raises(ValueError, match=word):
             Settings.of(bad)
     file.write_text("steps: [")
@@ -375,6 +377,27 @@ def test_peaks_are_those_of_the_gpu_and_not_of_one_with_a_shorter_name(monkeypat
                        ("NVIDIA A100-SXM4-40GB", 312e12)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
         assert peak_rate(torch.device("cuda"))[0] == peak, name
+
+
+@pytest.mark.parametrize("bad, said", [
+    ({"processes": 0}, "processes must be a whole number"), ({"parts": 3}, "parts must be a multiple of processes"),
+    ({"parts": 2.0}, "parts must be"), ({"batch_size": 0}, "batch_size must be"), ({"train_steps": -1}, "train_steps must be"),
+    ({"frames": -3}, "frames must be"), ({"frames": 8}, "frames 1 . 4k"), ({"side": 0}, "side must be"), ({"side": 40}, "side must be"),
+    ({"shard_clips": 0}, "shard_clips must be"), ({"shards": 2}, "shards at least parts"), ({"width": 0}, "width must be"),
+    ({"width": 40}, "width must be"), ({"depth": "two"}, "depth must be"), ({"strategy": "zero"}, "strategy 'zero'"),
+    ({"device": "mps"}, "device 'mps'"), ({"compile_blocks": 1}, "compile_blocks must be"), ({"recompute": "no"}, "recompute must be"),
+    ({"mfu_clips": 0}, "mfu_clips must be"), ({"mfu_tokens": [0]}, "mfu_tokens must be"), ({"mfu_tokens": 64}, "mfu_tokens must be"),
+    ({"mfu_models": {"S": [40, 1]}}, "mfu_models must be"), ({"mfu_models": {"S": [48]}}, "mfu_models must be"),
+    ({"mfu_models": [48, 1]}, "mfu_models must be")])
+def test_impossible_parameters_of_the_chapter_end_it_at_once(bad, said, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    cells = [c.source for c in nbformat.read(ROOT / "notebooks" / "16_scale.ipynb", 4).cells if c.cell_type == "code"]
+    at = next(i for i, source in enumerate(cells) if source.startswith("profile ="))
+    space = {}
+    exec(cells[at], space)
+    space |= bad
+    with pytest.raises(ValueError, match=said):
+        exec(cells[at + 1].split("folder =")[0], space)
 
 
 # the planner
@@ -426,6 +449,29 @@ def test_memory_by_formula_is_that_measured(width, depth, clips, grid):
     state = state_bytes(model)
     peak = peak_bytes(lambda: step(model, data)) + sum(state.values()) - state["gradients"]
     assert peak_of_training(model, batch) == pytest.approx(peak, rel=0.05)
+
+
+def test_recomputed_blocks_can_be_compiled():
+    """torch.compile passes over a forward that is PyTorch's own function, without a word."""
+    model, data, _ = toy(32, 3, 2, (2, 2, 2))
+    graphs, alone = [], list(model.parameters())
+    step(model, data)
+    gradients = [p.grad.clone() for p in alone]
+    model.zero_grad()
+
+    def seen(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    with recomputed(model.dit.blocks):
+        for block in model.dit.blocks:
+            block.compile(backend=seen)
+        step(model, data)
+    torch.compiler.reset()
+    assert len(graphs) == 1                                              # one for three blocks of a kind
+    for p, gradient in zip(alone, gradients):
+        torch.testing.assert_close(p.grad, gradient, rtol=0.02, atol=1e-3)
 
 
 def test_state_is_what_a_training_holds():

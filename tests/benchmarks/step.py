@@ -49,7 +49,7 @@ def compare(title: str, sizes: dict, grid: Grid, *, batch: int, seconds: float, 
                 with Seen(model.blocks[0]) as seen:
                     work()
                 facts[name] = dict(sizes=said, parameters=parameters(model), dtype=seen.dtype,
-                                   tokens=seen.numbers / model.width, flops=flops(work))
+                                   tokens=seen.numbers // model.width, flops=flops(work))
             arms[name, form], models[name, form] = work, model
     fact = lambda key: {name: one[key] for name, one in facts.items()}
     same = [equal("parameters", fact("parameters"), TOLERANCE), equal("tokens in a batch", fact("tokens")),
