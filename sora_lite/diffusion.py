@@ -128,8 +128,8 @@ def sample(model: Callable[[Tensor, Tensor], Tensor], noise: Tensor, *, steps: i
     model: (x `[..., N, D]`, t `[..., N]`) -> prediction. noise: what x is at the first time (for
     start < 1 give data already mixed with noise: SDEdit). times: `[steps + 1]`, or `[steps + 1, ..., N]` for a schedule of
     its own for each token; it replaces steps, shift, start. given, mask: where mask `[..., N]` is True
-    the token is held at `given` with t = 0. solver: "euler", "heun" (two calls a step) or "multistep" (one
-    call, and the last speed remembered: Adams-Bashforth of order 2). callback: (step, x, x0) after each step. Raises ValueError
+    the token is held at `given` with t = 0. solver: "euler", "heun" (two calls a step; from "x0", the step to t = 0 is
+    Euler's) or "multistep" (one call, and the last speed remembered: Adams-Bashforth of order 2). callback: (step, x, x0) after each step. Raises ValueError
     for an unknown solver or a mask without given.
     """
     if solver not in ("euler", "heun", "multistep"):
@@ -154,7 +154,10 @@ def sample(model: Callable[[Tensor, Tensor], Tensor], noise: Tensor, *, steps: i
         step = (then - now)[..., None]                  # 0 for a given token: it never moves
         v, x0 = speed(x, now)
         if solver == "heun":
-            v = (v + speed(x + step * v, then)[0]) / 2
+            again = speed(x + step * v, then)[0]
+            if prediction == "x0":      # at t = 0, x0 leaves eps undetermined: there Euler's step stands (Karras 2022, alg. 1)
+                again = torch.where(then[..., None] == 0, v, again)
+            v = (v + again) / 2
         elif solver == "multistep":
             slope = 0.0 if last is None else torch.where(last[1] != 0, step / (2 * last[1]), 0.0)
             v, last = v + slope * (v - (v if last is None else last[0])), (v, step)

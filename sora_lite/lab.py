@@ -65,6 +65,8 @@ def start(profile: str, seed: int, device: str = "cpu") -> torch.device:
     require(isinstance(seed, int) and seed >= 0, f"seed must be a whole number from 0 up, got {seed!r}")
     require(device != "cuda" or torch.cuda.is_available(),
             "device is 'cuda' but PyTorch sees no GPU: set device='cpu', or install a CUDA build of torch")
+    require(device != "mps" or torch.backends.mps.is_available(),
+            "device is 'mps' but PyTorch sees no Apple GPU: set device='cpu'")
     require(device in ("cpu", "cuda", "mps"), f"device {device!r} is unknown: choose cpu, cuda or mps")
     _profile = profile
     random.seed(seed)

@@ -118,7 +118,7 @@ def rate(step: int, steps: int, *, warmup: int = 50, schedule: str = "wsd", deca
     """Factor on the learning rate at a step: "wsd" (linear decay over the last share) or "cosine"."""
     if schedule not in ("wsd", "cosine"):
         raise ValueError(f"schedule {schedule!r} is unknown: choose wsd or cosine")
-    rise = min(1.0, (step + 1) / warmup)
+    rise = min(1.0, (step + 1) / max(1, warmup))
     if schedule == "cosine":
         return rise * 0.5 * (1 + math.cos(math.pi * step / steps))
     return rise * min(1.0, (steps - step) / max(1.0, decay * steps))

@@ -1,13 +1,17 @@
 """Conversions invert, solvers reach the exact solution at their order, masks hold to the bit."""
 import math
+from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sora_lite import diffusion, lab
 from sora_lite.diffusion import (PREDICTIONS, VP, Flow, guide, mix, sample, sample_times, schedule,
                                  shift_for_tokens, shift_times, split, target)
+from sora_lite.vae import VideoVAE
 
 PROCESSES = [Flow(), VP()]
 
@@ -47,6 +51,29 @@ def test_order_of_convergence_on_a_gaussian(process, solver, order, generator):
     error = [float((sample(model, noise, steps=n, solver=solver, process=process, prediction="v") - end(noise)).abs().mean())
              for n in (32, 64, 128)]
     assert math.log2(error[1] / error[2]) == pytest.approx(order, abs=0.25) and error[2] < 0.01
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])
+def test_answers_of_x0_that_are_a_little_wrong_arrive_where_exact_ones_do(process, solver, generator):
+    """A network's error of some thousandths must not be divided by the noise that is left at t = 0."""
+    exact, end = gaussian(process)
+
+    def wrong(x, t):
+        x0 = split(process, "v", x, exact(x, t), t)[0]
+        return x0 + 0.005 * torch.randn(x.shape, generator=generator)
+
+    noise = torch.randn(500, 1, generator=generator).double()
+    made = sample(wrong, noise, steps=128, solver=solver, process=process, prediction="x0")
+    assert (made - end(noise)).abs().max() < 0.05
+
+
+def test_heun_is_of_second_order_from_x0(generator):
+    model, end = gaussian(Flow())
+    noise = torch.randn(500, 1, generator=generator).double()
+    answer = lambda x, t: split(Flow(), "v", x, model(x, t), t)[0]
+    error = [float((sample(answer, noise, steps=n, solver="heun", prediction="x0") - end(noise)).abs().mean()) for n in (64, 128)]
+    assert math.log2(error[0] / error[1]) == pytest.approx(2, abs=0.25) and error[1] < 1e-3
 
 
 @settings(max_examples=30, deadline=None)
@@ -99,3 +126,40 @@ def test_schedules_and_bad_arguments():
         sample(lambda x, t: x, torch.zeros(1, 1), mask=torch.ones(1, dtype=torch.bool))
     with pytest.raises(ValueError, match="flow, v, eps, x0"):
         target(Flow(), "score", torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1))
+
+
+def chapter(*with_these: str, **scope) -> dict:
+    """What is defined by the cells of chapter 4 that contain one of some texts, run in `scope`; `fit` trains nothing."""
+    cells = nbformat.read(Path(__file__).parent.parent / "notebooks" / "04_diffusion.ipynb", 4).cells
+    scope = dict(vars(diffusion), nn=torch.nn, lab=lab, seed=0, points_steps=1, fit=lambda *a, **k: None) | scope
+    for text in with_these:
+        exec(next(c.source for c in cells if c.cell_type == "code" and text in c.source), scope)
+    return scope
+
+
+def test_the_guided_moons_are_labelled_by_their_moon():
+    drawn = []
+
+    def fit(net, batch, loss, **_):
+        drawn.append(batch(0, torch.Generator().manual_seed(0)))
+
+    chapter("def moons", "def labelled", fit=fit)
+    points, label = drawn[-1]
+    x, y = points.T / 1.2 + torch.tensor([[0.5], [0.25]])
+    from_upper, from_lower = ((x**2 + y**2).sqrt() - 1).abs(), (((x - 1) ** 2 + (y - 0.5) ** 2).sqrt() - 1).abs()
+    apart = (from_upper - from_lower).abs() > 0.4                   # the circles cross; the half circles do not
+    assert apart.sum() > 300 and torch.equal(label[apart], (from_lower < from_upper)[apart].long())
+
+
+def test_predictions_are_compared_on_latents_that_were_not_trained_on(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    vae, judged = VideoVAE().eval(), []
+    monkeypatch.setattr(VideoVAE, "from_pretrained", lambda *_: vae)
+    monkeypatch.setattr(lab, "weights", lambda name: tmp_path)
+
+    def seen(process, x0, eps, t):
+        judged.append(x0)
+        return mix(process, x0, eps, t)
+
+    scope = chapter("def compare", mix=seen, profile="smoke", run_device="cpu", compare_steps=1, compare_seeds=1)
+    assert judged and not any((scope["pool"] == clip).all((1, 2)).any() for clip in torch.cat(judged))

@@ -31,6 +31,12 @@ def test_cuda_without_a_gpu_says_the_remedy():
         lab.start("toy", 0, "cuda")
 
 
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine has an Apple GPU")
+def test_mps_without_an_apple_gpu_says_the_remedy():
+    with pytest.raises(ValueError, match="device='cpu'"):
+        lab.start("toy", 0, "mps")
+
+
 def test_start_seeds_torch_and_numpy():
     drawn = []
     for _ in range(2):

@@ -39,6 +39,19 @@ def test_one_parameters_cell_of_plain_literals(name):
     assert {"profile", "seed", "device"} <= set(run.declared(ROOT / "notebooks" / f"{name}.ipynb"))
 
 
+NUMBERS = [(name, key) for name in ("01_worlds", "02_compression", "03_patches", "04_diffusion")
+           for key, value in run.declared(ROOT / "notebooks" / f"{name}.ipynb").items()
+           if isinstance(value, int) and key != "seed"]
+
+
+@pytest.mark.parametrize("name, key", NUMBERS)
+def test_a_number_that_cannot_be_is_refused_at_once_by_name(name, key):
+    cells = [c for c in NOTEBOOKS[name].cells if c.cell_type == "code"]
+    at = next(i for i, c in enumerate(cells) if "parameters" in c.metadata.get("tags", []))
+    with pytest.raises(ValueError, match=key):
+        exec(cells[at + 1].source, run.declared(ROOT / "notebooks" / f"{name}.ipynb") | {key: 0})
+
+
 @every
 def test_stored_outputs_are_small_whole_and_without_machine_paths(name):
     path = ROOT / "notebooks" / f"{name}.ipynb"

@@ -180,6 +180,7 @@ def test_muon_learns_a_linear_map():
 def test_rate_rises_stays_and_falls():
     values = [rate(k, 100, warmup=10, decay=0.4) for k in range(100)]
     assert values[0] == 0.1 and values[10] == values[59] == 1.0 and values[99] == pytest.approx(1 / 40)
+    assert rate(0, 100, warmup=0) == 1.0
     with pytest.raises(ValueError, match="wsd or cosine"):
         rate(0, 10, schedule="step")
 
