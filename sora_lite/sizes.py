@@ -81,7 +81,7 @@ def held_out_losses(model: Denoiser, clips: list[Tensor], captions: list[str], *
     device, losses = next(model.parameters()).device, []
     for k in range(rounds):
         for start in range(0, len(clips), batch):
-            generator = torch.Generator().manual_seed(seed + 1_000 * k + start)
+            generator = torch.Generator().manual_seed(seed + 1_000_000 * k + start)
             with torch.autocast(device.type, torch.bfloat16):
                 some = [clip.to(device).float() for clip in clips[start:start + batch]]
                 loss, _ = flow_loss(model, (some, captions[start:start + batch]), generator, masked=0,
@@ -123,7 +123,7 @@ def tiled_decode(vae: VideoVAE, latents: Tensor, tile: int = 64, halo: int | Non
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
     """Fills {"mb": ...} with the most memory that the block held above what was held before; NaN where the
-    system does not tell (on a CPU, Linux does)."""
+    system does not tell (on a CPU, Linux does). On a GPU it waits for the block's work, so that a clock may stand around it."""
     peak, cuda = {"mb": math.nan}, torch.device(device).type == "cuda"
     lines = lambda: Path("/proc/self/status").read_text().splitlines()
     status = lambda name: next(int(line.split()[1]) / 1024 for line in lines() if line.startswith(name))
@@ -139,6 +139,7 @@ def peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
             before = math.nan
     yield peak
     if cuda:
+        torch.cuda.synchronize(device)
         peak["mb"] = torch.cuda.max_memory_allocated(device) / 1024 ** 2 - before
     elif sys.platform == "linux":
         peak["mb"] = status("VmHWM") - before

@@ -39,17 +39,20 @@ def test_one_parameters_cell_of_plain_literals(name):
     assert {"profile", "seed", "device"} <= set(run.declared(ROOT / "notebooks" / f"{name}.ipynb"))
 
 
-NUMBERS = [(name, key) for name in ("01_worlds", "02_compression", "03_patches", "04_diffusion")
+NUMBERS = [(name, key) for name in ("01_worlds", "02_compression", "03_patches", "04_diffusion", "06_scaling", "07_sizes",
+                                    "08_language")
            for key, value in run.declared(ROOT / "notebooks" / f"{name}.ipynb").items()
-           if isinstance(value, int) and key != "seed"]
+           if isinstance(value, (int, float)) and not isinstance(value, bool) and key != "seed"]
+LISTS = [("06_scaling", "sizes", [[24, 2], [30, 2], [48, 2]]), ("06_scaling", "sizes", [[24, 2], [32, 0], [48, 2]]),
+         ("06_scaling", "budgets", [0.5, 0.25]), ("06_scaling", "figure_ratios", []), ("06_scaling", "figure_ratios", [2, 4])]
 
 
-@pytest.mark.parametrize("name, key", NUMBERS)
-def test_a_number_that_cannot_be_is_refused_at_once_by_name(name, key):
+@pytest.mark.parametrize("name, key, value", [(name, key, -1) for name, key in NUMBERS] + LISTS)
+def test_a_number_that_cannot_be_is_refused_at_once_by_name(name, key, value):
     cells = [c for c in NOTEBOOKS[name].cells if c.cell_type == "code"]
     at = next(i for i, c in enumerate(cells) if "parameters" in c.metadata.get("tags", []))
     with pytest.raises(ValueError, match=key):
-        exec(cells[at + 1].source, run.declared(ROOT / "notebooks" / f"{name}.ipynb") | {key: 0})
+        exec(cells[at + 1].source, run.declared(ROOT / "notebooks" / f"{name}.ipynb") | {key: value})
 
 
 @every

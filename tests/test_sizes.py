@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sora_lite import oracle
+from sora_lite import oracle, sizes
 from sora_lite.dit import DiT
 from sora_lite.patches import coordinates, pack, rope
 from sora_lite.pipeline import Denoiser, SoraLite, encode_world, flow_loss
@@ -197,6 +197,14 @@ def test_held_out_losses_depend_on_the_seed_alone(generator):
     assert len(first) == 4 and torch.equal(first, held_out_losses(model, clips, CAPTIONS * 2, batch=4, rounds=2))
     assert not torch.equal(first, held_out_losses(model, clips, CAPTIONS * 2, seed=1, batch=4, rounds=2))
     assert first[0] != first[2]                               # a round has noise of its own
+
+
+def test_no_two_batches_of_an_exam_have_the_same_noise(monkeypatch):
+    seeds, model = [], denoiser()
+    monkeypatch.setattr(sizes, "flow_loss", lambda model, batch, generator, **options: (
+        torch.tensor(float(seeds.append(generator.initial_seed()) or 0)), {}))
+    held_out_losses(model, [torch.zeros(4, 1, 2, 2)] * 1100, ["a red circle"] * 1100, batch=100, rounds=3)
+    assert len(seeds) == len(set(seeds)) == 33
 
 
 # reading and sampling
