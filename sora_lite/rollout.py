@@ -12,11 +12,10 @@ import math
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from functools import cached_property
 from pathlib import Path
 
+import safetensors                      # its `safe_open` by itself cannot be sent to another process
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -112,7 +111,7 @@ class Rollout:
         self.times, self.done = noise_table(way, self.grid[0], context, use["num_inference_steps"], level=level,
                                             shift=shift_for_tokens(math.prod(self.grid), BASE))
         self.asked = use | dict(storyboards=self.storyboards, way=way, context=context, level=level, seed=seed)
-        self.round, self.made, self.tail, self.progress = 0, 0, None, None
+        self.round, self.made, self.tail, self.progress, self.digest = 0, 0, None, None, None
 
     def __iter__(self) -> Iterator[Tensor]:
         """Pictures `[B, 3, k, H, W]` in [-1, 1], k a few, until all frames are made."""
@@ -152,14 +151,15 @@ class Rollout:
         rounds = 1 + math.ceil(max(0, self.frames - first) / (self.done * self.ratio))
         return torch.cat([pictures.cpu() for pictures in tqdm(self, desc, rounds, mininterval=2)], 2)
 
-    @cached_property
+    @property
     def plan(self) -> dict:
         """Everything that determines the video, the weights by a hash."""
-        digest = hashlib.sha256()
-        for module in (self.pipe.vae, self.pipe.model):
-            for x in module.state_dict().values():
-                digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return json.loads(json.dumps(self.asked | dict(weights=digest.hexdigest()[:16])))
+        if self.digest is None:
+            self.digest = hashlib.sha256()
+            for module in (self.pipe.vae, self.pipe.model):
+                for x in module.state_dict().values():
+                    self.digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return json.loads(json.dumps(self.asked | dict(weights=self.digest.hexdigest()[:16])))
 
     def save(self, path: str | Path, **notes) -> None:
         """Write all that the next round needs to a safetensors file, whole or not at all; notes go beside it."""
@@ -171,10 +171,10 @@ class Rollout:
     def load(self, path: str | Path) -> dict:
         """Go on from what `save` wrote; returns its notes. ValueError for a damaged file, or another rollout's."""
         try:
-            with safe_open(path, "pt") as file:
+            with safetensors.safe_open(path, "pt") as file:
                 notes, state = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}
             plan, place = json.loads(notes["plan"]), json.loads(notes["place"])
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no whole state of a rollout ({error}): delete {Path(path).parent} to begin "
                              f"anew") from None
         if differs := [key for key in self.plan if plan.get(key) != self.plan[key]]:

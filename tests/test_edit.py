@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from sora_lite import edit
 from sora_lite.dit import DiT
-from sora_lite.edit import (animate, behind_still, between, box, crossfade, extend, feather, fill, inpaint, interpolate,
-                            loop, outpaint, pixels_of, recoded, ring, settle, steered, take, tokens_of, window)
+from sora_lite.edit import (animate, behind_still, between, box, crossfade, extend, feather, fill, frame_steps, inpaint,
+                            interpolate, loop, outpaint, pixels_of, recoded, ring, seam, settle, steered, take,
+                            tokens_of, window)
 from sora_lite.pipeline import Denoiser, SoraLite
 from sora_lite.shapes import Shapes, vocabulary
 from sora_lite.text import TextEncoder
@@ -291,14 +292,52 @@ def test_loops_hold_the_clip_and_close(frames, blend):
     assert torch.equal(out[:, :, blend:9 - blend], recoded(PIPE, video)[:, :, blend:9 - blend])
 
 
-def test_settling_is_a_mean_of_answers_and_leaves_the_given_alone():
-    latents, strength, _ = window(PIPE, clip(9), clip(9), 7, None)
-    generator = seeded()
-    answers = [settle(PIPE, latents, strength, PROMPT, 1, generator=generator) for _ in range(3)]
-    mean = settle(PIPE, latents, strength, PROMPT, 3, generator=seeded())
-    assert torch.allclose(mean, torch.stack(answers).mean(0), atol=1e-5)
-    given = (strength == 0).flatten()
-    assert torch.allclose(mean[:, :, given], latents[:, :, given], atol=1e-6) and (answers[0] - answers[1]).abs().max() > 1e-3
+def test_settling_is_a_mean_of_answers_whose_latent_frames_begin_elsewhere(monkeypatch):
+    asked, video = [], clip(17)
+
+    def answer(pipe, latents, strength, prompt, **how):
+        assert how["num_inference_steps"] == 1 and how["noise"] is None
+        asked.append((strength / 0.4).flatten().round().int().tolist())
+        return latents + len(asked)
+
+    monkeypatch.setattr(edit, "fill", answer)
+    out = settle(PIPE, video, range(5, 12), PROMPT, noise=torch.zeros(1))
+    # one, two, three frames ahead: which latent frames hold one of the frames 5 to 11
+    assert asked == [[0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0], [0, 0, 1, 1, 1, 0]]
+    own = []
+    for shift in (1, 2, 3):
+        longer = torch.cat([video[:, :, :1]] * shift + [video] + [video[:, :, -1:]] * (4 - shift), 2)
+        own.append(PIPE.vae.decode(PIPE.vae.encode(longer) + shift)[:, :, shift:shift + 17])
+    assert torch.allclose(out, torch.stack(own).mean(0), atol=1e-5)
+
+
+def test_settling_asks_for_predictions_that_fit_each_window():
+    grids = []
+    prepare = lambda strength: grids.append(len(strength)) or {}
+    out = between(PIPE, clip(9), clip(9), 7, PROMPT, smooth=True, prepare=prepare, generator=seeded())
+    assert grids == [5, 6, 6, 6] and out.shape[2] == 7            # the window, then with one, two, three frames ahead
+
+
+def test_steps_and_seams_are_those_that_are_there():
+    level = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.6, 0.5, 0.4, 0.2, 0.1])           # steps 1 1 1 3 1 1 2 1, and 1 back
+    video = level.view(1, 1, -1, 1, 1).expand(2, 3, -1, 4, 4)
+    assert torch.allclose(frame_steps(video)[0], torch.tensor([0.1, 0.1, 0.1, 0.3, 0.1, 0.1, 0.2, 0.1]), atol=1e-6)
+    assert torch.allclose(frame_steps(video, closed=True)[1, -1], torch.tensor(0.1), atol=1e-6)
+    assert torch.allclose(seam(video, 4, 0), torch.tensor([3.0, 3.0]), atol=1e-4)       # from frame 3 to 4
+    assert torch.allclose(seam(video, 7, 0), torch.tensor([2.0, 2.0]), atol=1e-4)
+    assert torch.allclose(seam(video, 6, 0), torch.tensor([1.0, 1.0]), atol=1e-4)
+    assert torch.allclose(seam(video, 6, 2), torch.tensor([3.0, 3.0]), atol=1e-4)       # two frames further in, too
+
+
+def test_of_several_candidates_the_one_with_the_smallest_seam_is_kept():
+    video = clip(9, n=2)
+    all_six = loop(PIPE, video.repeat_interleave(3, 0), PROMPT, frames=7, blend=1, candidates=1, generator=seeded(1))
+    best = loop(PIPE, video, PROMPT, frames=7, blend=1, candidates=3, generator=seeded(1))
+    seams = seam(all_six, 9, 1).view(2, 3)
+    assert seams.std(1).min() > 0 and seams.argmin(1).any()       # they differ, and the first is not always the best
+    assert torch.allclose(best, all_six.unflatten(0, (2, 3))[torch.arange(2), seams.argmin(1)], atol=1e-5)
+    with pytest.raises(ValueError, match="at least 1 candidate, got 0"):
+        loop(PIPE, video, PROMPT, candidates=0)
 
 
 def test_a_ring_blends_both_joins():

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from sora_lite import oracle, video
 from sora_lite.dit import DiT
-from sora_lite.drift import (LASTING, cast_of, features, film, frechet, jackknife, main_components, read_windows,
-                             windows)
+from sora_lite.drift import (LASTING, boundary_steps, cast_of, features, film, frechet, jackknife, main_components,
+                             read_windows, windows)
 from sora_lite.edit import between
 from sora_lite.patches import patchify
 from sora_lite.pipeline import SoraLite
@@ -310,6 +310,14 @@ def test_windows():
     assert windows(long, 8, 8).shape == (1, 5, 1, 8, 1, 1)
     with pytest.raises(ValueError, match="17 frames does not fit into a video of 16"):
         windows(long[:, :, :16])
+
+
+def test_seams_are_told_from_other_boundaries_of_latent_frames():
+    steps = torch.ones(2, 64)
+    steps[:, ::4] = 2.0                                           # a jump at every boundary, and none of the seams' own
+    assert torch.allclose(boundary_steps(steps), torch.tensor([[2.0, 2.0, 1.0]] * 2))
+    steps[:, [16, 28, 40, 52]] = 3.0                              # after 17 frames, and after every 12 more
+    assert torch.allclose(boundary_steps(steps), torch.tensor([[3.0, 2.0, 1.0]] * 2))
 
 
 def test_frechet_distance_of_known_gaussians(generator):
