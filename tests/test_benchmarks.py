@@ -213,6 +213,16 @@ def test_rows_run(row, tmp_path):
 
 
 @needs_diffusers
+def test_processes_that_never_end_are_stopped_with_a_sentence():
+    import bench as script
+    import growth
+
+    with pytest.raises(TimeoutError, match="2 processes did not end within 0.1 seconds"):
+        growth.processes([2], model=script.SMALL, grid=(2, 2, 2), batch=1, rounds=1, cores=2, patience=0.1)
+    assert not torch.multiprocessing.active_children()
+
+
+@needs_diffusers
 def test_tiny_is_never_kept(tmp_path):
     done = bench("bench.py", "--tiny", "--keep", out=tmp_path)
     assert done.returncode == 2 and "should be kept" in done.stderr

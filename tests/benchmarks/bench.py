@@ -69,7 +69,7 @@ def main() -> None:
     host |= dict(peak_gflops=round(peak, 1), peak_gflops_single=round(harness.peak(device, torch.float32, size), 1))
     print(f"peak of a matrix product: {peak:.0f} GFLOP/s in bfloat16, {host['peak_gflops_single']:.0f} in single precision\n")
 
-    results, sizes = {}, SIZES["tiny" if args.tiny else "default"]
+    sizes = SIZES["tiny" if args.tiny else "default"]
     for number in args.rows:
         options = dict(sizes[number], device=device)
         if number in (1, 2, 5):
@@ -82,11 +82,10 @@ def main() -> None:
         result |= dict(row=number, seconds=round(time.time() - started), tiny=args.tiny, machine=host,
                        options={k: str(v) if k == "device" else v for k, v in options.items()})
         harness.keep(args.out, f"row{number}", result)
-        results[str(number)] = result
+        if args.keep:       # at once: a later row may fail
+            harness.keep_in_book({str(number): result})
         print("\n" + harness.markdown(result), flush=True)
     print(f"{(time.time() - begun) / 60:.1f} minutes; results in {args.out}")
-    if args.keep:
-        harness.keep_in_book(results)
 
 
 if __name__ == "__main__":

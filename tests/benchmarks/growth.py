@@ -124,9 +124,11 @@ def _member(rank: int, world: int, port: int, model: dict, grid: Grid, batch: in
     dist.destroy_process_group()
 
 
-def processes(counts: list[int], *, model: dict, grid: Grid, batch: int, rounds: int, cores: int) -> tuple[dict, list[str]]:
+def processes(counts: list[int], *, model: dict, grid: Grid, batch: int, rounds: int, cores: int,
+              patience: float = 300) -> tuple[dict, list[str]]:
     """Step time with one process for all cores, and with several that share them (DDP over gloo), each with its own
-    batch. On a GPU machine this row says nothing about GPUs, and is left out."""
+    batch. On a GPU machine this row says nothing about GPUs, and is left out. patience: seconds after which processes
+    that wait for each other are ended, with a TimeoutError."""
     rows, times, parts = [], {k: [] for k in counts}, max(1, min(3, rounds // 4))
     context = mp.get_context("spawn")
     for part in range(parts):               # in turn, as everywhere
@@ -135,7 +137,14 @@ def processes(counts: list[int], *, model: dict, grid: Grid, batch: int, rounds:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
             box, threads = context.SimpleQueue(), max(1, cores // k)
-            mp.spawn(_member, (k, port, model, grid, batch, threads, max(1, rounds // parts), box), k)
+            running = mp.spawn(_member, (k, port, model, grid, batch, threads, max(1, rounds // parts), box), k, join=False)
+            limit = time.monotonic() + patience
+            while not running.join(min(5, patience)):
+                if time.monotonic() > limit:
+                    for process in running.processes:
+                        process.kill()
+                        process.join()
+                    raise TimeoutError(f"{k} processes did not end within {patience:g} seconds and were stopped")
             said = box.get()
             if not said["alike"]:
                 raise RuntimeError(f"{k} processes ended with different weights: their gradients were not averaged")
