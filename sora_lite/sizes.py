@@ -92,8 +92,9 @@ def held_out_losses(model: Denoiser, clips: list[Tensor], captions: list[str], *
 # %% ../notebooks/07_sizes.ipynb #ed9a3493
 def decoder_halo(vae: VideoVAE) -> int:
     """How many latent cells around a tile its pixels depend on."""
-    fine, coarse = vae.config["decoder"]
-    return coarse + math.ceil(2 * fine / min(vae.config["folds"][1][1:]))
+    fine, coarse = (sum(layer.kernel_size[1] // 2 for layer in blocks.modules() if isinstance(layer, torch.nn.Conv3d))
+                    for blocks in (vae.decode_fine, vae.decode_coarse))
+    return coarse + math.ceil(fine / min(vae.config["folds"][1][1:]))
 
 
 @torch.no_grad()
