@@ -108,7 +108,8 @@ def connect(pipe: SoraLite, first: Source, second: Source, prompts: tuple[str | 
         new = min(frames + 1, 12)
         onward = extend(pipe, a, said_a, after=new, blend=blend, **how)
         upward = extend(pipe, b, said_b, before=new, blend=blend, **how).flip(2)        # from its end backwards
-        return crossfade(to_and_fro(onward, a.shape[2] + frames), to_and_fro(upward, b.shape[2] + frames).flip(2), frames)
+        return crossfade(to_and_fro(onward, a.shape[2] + frames),
+                         to_and_fro(upward, b.shape[2] + frames).flip(2), frames)
 
     def prepare(strength: Tensor) -> dict:
         """Options for `fill`: predictions that go over from a to b, and noise that does."""

@@ -197,7 +197,9 @@ def between(pipe: SoraLite, first: Tensor | None, last: Tensor | None, frames: i
         raise ValueError(f"a blend of {margin} frames is more than the model sees of a clip: give at most {seen}, or "
                          "a larger context")
     options = how | (prepare(strength) if prepare else {})
-    video = pipe.vae.decode(fill(pipe, latents, strength, prompt, **options))
+    latents, rt = fill(pipe, latents, strength, prompt, **options), pipe.vae.ratio[0]
+    shown = 1 + -(-(start + frames + max(margin, rt)) // rt)            # and one latent frame of what comes after
+    video = pipe.vae.decode(latents[:, :, :shown])
     if smooth:
         video = settle(pipe, video, range(start, start + frames), prompt, prepare=prepare, **how)
     return video[:, :, max(0, start - margin):start + frames + margin]
@@ -264,7 +266,7 @@ def seam(loops: Tensor, clip_frames: int, blend: int) -> Tensor:
 
 
 def loop(pipe: SoraLite, clip: Source, prompt: str | None | list[str | None], *, frames: int = 11, blend: int = 3,
-         candidates: int = 4, **how) -> Tensor:
+         candidates: int = 3, **how) -> Tensor:
     """A clip that can be played for ever `[B, 3, T + frames, H, W]`: after its end, 4k - 1 new frames lead to its
     beginning. It comes back as the autoencoder gives it; blend: frames at each join that fade into each other.
     candidates: of so many ways back, made side by side, the one with the smallest `seam` is returned. ValueError for
