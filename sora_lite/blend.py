@@ -101,7 +101,7 @@ def connect(pipe: SoraLite, first: Source, second: Source, prompts: tuple[str | 
     n = max(len(a), len(b))
     (a, said_a), (b, said_b) = paired(a, said_a * (n // len(a))), paired(b, said_b * (n // len(b)))
     known = pipe.defaults["frames"]
-    window(pipe, a, b, frames or 11)                                    # refuses what does not fit
+    window(pipe, a, b, 11 if frames is None else frames)                # refuses what does not fit
     if frames is None:
         frames = int(frames_to_dissolve(a, b).max()) if dissolve else 11
     if dissolve:

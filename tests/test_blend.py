@@ -170,6 +170,8 @@ def test_clips_that_cannot_be_connected_are_refused():
         connect(PIPE, clip(5), clip(5, 32, 48), (PROMPT, OTHER))
     with pytest.raises(ValueError, match="nearest is 11"):
         connect(PIPE, clip(5), clip(5), (PROMPT, OTHER), frames=12)
+    with pytest.raises(ValueError, match="0 new frames"):
+        connect(PIPE, clip(5), clip(5), (PROMPT, OTHER), frames=0)
     with pytest.raises(ValueError, match="at least 5 frames"):
         connect(PIPE, clip(5), clip(1), (PROMPT, OTHER))
 

@@ -117,10 +117,8 @@ def _member(rank: int, world: int, port: int, model: dict, grid: Grid, batch: in
         dist.barrier()
         times.append(time.perf_counter() - begun)
     sent = torch.cat([p.detach().flatten() for p in ours.parameters()]).double().sum()
-    seen = [torch.zeros_like(sent) for _ in range(world)]
-    dist.all_gather(seen, sent)
-    if rank == 0:
-        box.put(dict(times=times, alike=bool(max(seen) == min(seen))))
+    # not by all_gather: DDP frees the process group while it holds the GIL, for which gloo waits to drop what it gathered
+    box.put((rank, float(sent), times))
     dist.destroy_process_group()
 
 
@@ -145,10 +143,10 @@ def processes(counts: list[int], *, model: dict, grid: Grid, batch: int, rounds:
                         process.kill()
                         process.join()
                     raise TimeoutError(f"{k} processes did not end within {patience:g} seconds and were stopped")
-            said = box.get()
-            if not said["alike"]:
+            said = sorted(box.get() for _ in range(k))
+            if len({sent for _, sent, _ in said}) > 1:
                 raise RuntimeError(f"{k} processes ended with different weights: their gradients were not averaged")
-            times[k] += said["times"]
+            times[k] += said[0][2]
             print(f"\rprocesses: {k} of {counts}, part {part + 1} of {parts}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     for k in counts:
