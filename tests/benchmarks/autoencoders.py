@@ -54,9 +54,9 @@ class PeerVAE(nn.Module):
 
 
 class CogVideoXVAE(PeerVAE):
-    """Widths near the released 1 : 2 : 2 : 4, in multiples of 8: with others, some machines' convolutions in bfloat16
-    have gradients that are not finite. Blocks of a stage: 3 as released, or 1."""
-    scales = {"parameters": ((16, 32, 48, 80), 1), "operations": ((8, 16, 16, 32), 3)}
+    """Widths in multiples of 8: with others, some machines' convolutions in bfloat16 have gradients that are not finite.
+    One block a stage where 3 are released, since those would compute more than ours at any such width."""
+    scales = {"parameters": ((8, 16, 32, 64), 1), "operations": ((8, 8, 16, 16), 1)}
 
     def __init__(self, widths: tuple[int, ...], layers: int):
         super().__init__()
@@ -66,8 +66,8 @@ class CogVideoXVAE(PeerVAE):
 
 
 class WanVAE(PeerVAE):
-    """Widths near the released 1 : 2 : 4 : 4, in multiples of 8; 2 blocks a stage, as released."""
-    scales = {"parameters": (16, (1, 2, 3, 4)), "operations": (8, (1, 2, 4, 8))}
+    """Widths in multiples of 8, near the released 1 : 2 : 4 : 4 with 2 blocks a stage where the size allows it."""
+    scales = {"parameters": (8, (1, 2, 4, 7)), "operations": (8, (1, 1, 3, 4), 1)}
 
     def __init__(self, base: int, times: tuple[int, ...], layers: int = 2):
         super().__init__()
