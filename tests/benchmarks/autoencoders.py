@@ -215,12 +215,12 @@ def measure(*, minutes: float, batch: int, seconds: float, held_out: int, peak: 
         verdicts.append(dict(what=f"PSNR above {name}", measured=gains, target=0.0, met=met, sentence=(
             f"PSNR of ours above that of {name}, clip by clip: {show(gains, '.2f')} dB, target 0: {'met' if met else 'MISSED'}")))
     return dict(title="Autoencoders: frames per second and fidelity", verdicts=verdicts, equal=[
-        ", ".join(same), f"clips, in their order; {minutes:g} minutes of training steps each; batch ({batch}); loss (squared "
+        ", ".join(same), f"clips, in their order; training steps for {minutes:g} min each; batch ({batch}); loss (squared "
         f"error and 1e-5 KL); optimiser (AdamW, learning rate {lr:g}, falling with the time used); autocast to bfloat16",
         f"clips that are timed ({coded} of {clips.shape[2]} frames of {clips.shape[3]} x {clips.shape[4]}) and judged "
         f"({held_out} unseen)"],
         tables=[dict(columns=COLUMNS, rows=rows)],
         remarks=[f"Not equal: ours starts from principal components of some clips, off the clock, the peers as their classes "
-                 f"start them. {minutes:g} minutes train none of them out: the PSNR says who is ahead by then, not in the end. "
+                 f"start them. {minutes:g} min trains none of them out: the PSNR says who is ahead by then, not in the end. "
                  "diffusers' classes have perceptual and adversarial losses in their papers; none here can use them, and "
                  "none does."])
