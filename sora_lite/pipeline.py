@@ -202,8 +202,9 @@ class SoraLite:
             noise = torch.randn(shape, generator=generator).to(self.device)
         predict = predict or self.predictor(prompts, grid, guidance_scale=guidance_scale, bf16=bf16)
         options = dict(shift=shift_for_tokens(n, BASE)) | options
-        tokens = sample(predict, noise, steps=num_inference_steps, solver=solver, given=given, mask=mask,
-                        **options)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):     # round all steps: it rounds the weights once
+            tokens = sample(predict, noise, steps=num_inference_steps, solver=solver, given=given, mask=mask,
+                            **options)
         return unpatchify(tokens, grid, self.patch)
 
     def __call__(self, prompt: str | None | list[str | None], *, frames: int | None = None,
