@@ -88,6 +88,21 @@ def fingerprint(path: Path, values: dict, folder: Path) -> str:
     return hashlib.sha256(json.dumps([cells, values, package, marks], sort_keys=True).encode()).hexdigest()
 
 
+def tidy(outputs: list) -> list:
+    """Outputs as the book keeps them: without progress bars, which have done their work, and what was printed in one piece."""
+    kept = []
+    for out in outputs:
+        data = out.get("data", {})
+        if out.get("name") == "stderr" or ("application/vnd.jupyter.widget-view+json" in data
+                                           and "%|" in str(data.get("text/plain"))):
+            continue
+        if kept and out.output_type == kept[-1].output_type == "stream":
+            kept[-1].text += out.text
+        else:
+            kept.append(out)
+    return kept
+
+
 def clean(path: Path, mark: str) -> None:
     """Drop papermill's timings from a result and keep our fingerprint in its place."""
     nb = nbformat.read(path, 4)
@@ -96,16 +111,8 @@ def clean(path: Path, mark: str) -> None:
     for cell in nb.cells:
         for key in ("papermill", "execution", "collapsed", "scrolled"):
             cell.metadata.pop(key, None)
-        outputs = []
-        for out in cell.get("outputs", []):
-            if out.get("name") == "stderr":        # progress bars have done their work
-                continue
-            data = out.get("data", {})
-            if "application/vnd.jupyter.widget-view+json" in data and "tqdm" in str(data.get("text/plain", "%|")):
-                continue
-            outputs.append(out)
         if cell.cell_type == "code":
-            cell.outputs = outputs
+            cell.outputs = tidy(cell.outputs)
     nbformat.write(nb, path)
 
 

@@ -65,6 +65,16 @@ def test_stored_outputs_are_small_whole_and_without_machine_paths(name):
             assert out.output_type != "error", out.get("evalue")
             assert len(str(out)) <= 150_000, cell.source[:80]
             assert str(ROOT) not in str(out), "a path of the machine that ran it"
+        assert cell.get("outputs", []) == run.tidy(cell.get("outputs", [])), "run.tidy would change these outputs"
+
+
+def test_progress_bars_are_not_kept_and_prints_come_in_one_piece():
+    say = lambda text, name="stdout": nbformat.v4.new_output("stream", name=name, text=text)
+    widget = lambda text: nbformat.v4.new_output(
+        "display_data", {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": text})
+    slider = widget("IntSlider(value=3)")
+    kept = run.tidy([say("a"), say("50%|", "stderr"), widget("09-verb, 2 at once:   0%|    | 0/12"), say("b\n"), slider, say("c")])
+    assert [out.get("text") for out in kept] == ["ab\n", None, "c"] and kept[1] is slider
 
 
 @pytest.mark.parametrize("profile", lab.PROFILES)
