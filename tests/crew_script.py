@@ -70,7 +70,7 @@ if strategy != "alone":
     engine = Crew(accelerator("cpu", timeout=20))
     if strategy == "fsdp":
         in_shards(model, engine)
-    print(f"rank {engine.rank} is process {os.getpid()}", flush=True)
+    print(f"rank {engine.rank} is process {os.getpid()}\n", end="", flush=True)     # in one write: another process prints too
 try:
     history = fit(model, batch, loss, steps=steps, warmup=3, seed=1, parts=parts, engine=engine, bf16=False, clip=0.5,
                   ema=0.9, folder=out, save_every=4, desc="small", watch=watch, watch_at=[2])

@@ -274,7 +274,7 @@ def kill_in_mid_run(process, rank=1):
     said, pid = "", None
     for line in iter(process.stdout.readline, ""):
         said += line
-        if found := re.search(rf"rank {rank}.* is process (\d+)", line):
+        if found := re.search(rf"rank {rank}\b.*? is process (\d+)", line):
             pid = int(found[1])
             break
     deadline = time.time() + 120
