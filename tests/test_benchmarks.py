@@ -126,7 +126,8 @@ def test_verdicts_tables_and_files(tmp_path):
                   tables=[dict(title="T", rows=[{"name": "ours", "ms": row}], columns={"name": "", "ms": ".1f"})])
     harness.keep(tmp_path, "row9", result)
     page = (tmp_path / "row9.md").read_text()
-    assert "| ours | 2.1 (1.9 to 2.2) |" in page and "*Equal: tokens (80).*" in page and "- a remark" in page
+    assert "| ours | 2.1 (1.9 to 2.2) |" in page and "- Equal: tokens (80)." in page and "- a remark" in page
+    assert "| faster | 2.1 (1.9 to 2.2) | 2 | met, on the line |" in page
     assert json.loads((tmp_path / "row9.json").read_text())["verdicts"][0]["met"]
 
 
@@ -143,6 +144,10 @@ def test_kept_rows_stand_on_the_books_page_in_order(tmp_path, monkeypatch):
     assert page.read_text().count("abc and changes to it") == 1
     text = page.read_text()
     assert text.startswith("# Beside its peers") and "Not measured" not in text and text.count(harness.MARK) == 1
+    assert "benchmarks.svg" not in text                                  # nothing had a target
+    asked = [harness.verdict("faster", dict(median=2.1, q1=2.0, q3=2.2, n=5), target) for target in (1.5, 3.0)]
+    harness.keep_in_book({"1": row("a step", seconds=60, verdicts=asked)})
+    assert "](static/benchmarks.svg)" in page.read_text() and (page.parent / "static" / "benchmarks.svg").stat().st_size > 1000
     assert text.index("a night") < text.index("8.0 hours") < text.index("growth") < text.index("2 min")
 
 
@@ -210,6 +215,19 @@ def test_rows_run(row, tmp_path):
             f"small: {ours} faster than {peer}, both eager" for ours in ("ours", "ours, plain") for peer in ("Wan", "CogVideoX")}
         rows = {r["contender"]: r for r in result["tables"][0]["rows"]}
         assert rows["ours"]["GFLOP a step"] > 1.1 * rows["ours, plain"]["GFLOP a step"] > 0
+
+
+@needs_diffusers
+def test_autoencoders_that_are_compared_have_the_size_of_ours():
+    import autoencoders
+
+    device, ours = torch.device("cpu"), autoencoders.OurVAE()
+    for kind in autoencoders.PEERS.values():
+        peer = {what: kind(*scale) for what, scale in kind.scales.items()}
+        harness.equal("parameters", dict(ours=harness.parameters(ours), peer=harness.parameters(peer["parameters"])),
+                      harness.TOLERANCE)
+        harness.equal("operations", dict(ours=autoencoders.operations(ours, device),
+                                         peer=autoencoders.operations(peer["operations"], device)), 2 * harness.TOLERANCE)
 
 
 @needs_diffusers

@@ -240,13 +240,48 @@ def verdict(what: str, measured: dict, target: float) -> dict:
                 sentence=f"{what}: {show(measured)} times, target {target:g}: {'met' if met else 'MISSED'}{sure}")
 
 
+def verdicts(made: list[dict]) -> str:
+    """What was asked of a row and what it gave, as Markdown."""
+    said = lambda v: ("met" if v["met"] else "**missed**") + (
+        ", on the line" if v["measured"]["q1"] < v["target"] < v["measured"]["q3"] else "")
+    return table([dict(what=v["what"], measured=show(v["measured"]), target=f"{v['target']:g}", said=said(v)) for v in made],
+                 {"what": "", "measured": "d", "target": "d", "said": ""}).replace("| said |", "|  |", 1)
+
+
 def markdown(result: dict) -> str:
-    """A row's result as a page: what was equal, the table or tables, and the verdicts."""
-    parts = [f"## {result['title']}"] + [f"*Equal: {sentence}.*" for sentence in result["equal"]]
+    """A row's result as a page: what was asked and what came out, what was equal, the table or tables, and remarks."""
+    parts = [f"## {result['title']}"] + ([verdicts(result["verdicts"])] if result.get("verdicts") else [])
     for made in result["tables"]:
         parts += ([f"**{made['title']}**"] if made.get("title") else []) + [table(made["rows"], made["columns"])]
-    lines = [v["sentence"] for v in result.get("verdicts", [])] + result.get("remarks", [])
+    lines = [f"Equal: {sentence}." for sentence in result["equal"]] + result.get("remarks", [])
     return "\n\n".join(parts + (["\n".join(f"- {line}" for line in lines)] if lines else [])) + "\n"
+
+
+def draw(results: Iterable[dict], path: Path) -> None:
+    """A picture of every speed that has a target: how many times as fast, median and quartiles, and the target."""
+    import matplotlib.pyplot as plt
+    from sora_lite.lab import COLORS
+
+    made = [v for result in results for v in result.get("verdicts", []) if v["target"] > 0]
+    if not made:
+        return
+    fig, ax = plt.subplots(figsize=(8, 0.8 + 0.24 * len(made)))
+    for y, v in enumerate(made):
+        seen, color = v["measured"], COLORS["blue" if v["met"] else "orange"]
+        ax.plot([seen["q1"], seen["q3"]], [y, y], color=color, lw=3, alpha=0.4, solid_capstyle="round")
+        ax.plot(seen["median"], y, "o", color=color, ms=5)
+        ax.plot(v["target"], y, "|", color="black", ms=11, mew=1.4)
+    ax.axvline(1, color="black", lw=0.8, ls=":")
+    ax.set(xscale="log", ylim=(len(made) - 0.4, -0.6), xlabel="times as fast (black stroke: the target; dotted: equal)")
+    ax.set_xticks([0.5, 1, 2, 3, 5, 8], ["0.5", "1", "2", "3", "5", "8"])
+    ax.minorticks_off()
+    ax.set_yticks(range(len(made)), [v["what"] for v in made], fontsize=8)
+    ax.grid(axis="x", alpha=0.3)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sora-lite"}):     # small, and equal for equal numbers
+        write_atomically(path, lambda p: fig.savefig(p, format="svg", bbox_inches="tight", metadata={"Date": None}))
+    plt.close(fig)
 
 
 def keep(folder: Path, name: str, result: dict) -> None:
@@ -257,13 +292,19 @@ def keep(folder: Path, name: str, result: dict) -> None:
 
 
 def keep_in_book(results: dict[str, dict]) -> None:
-    """Write rows {number: result} to book/benchmarks.json, beside the rows that are there, and all of them to the page."""
+    """Write rows {number: result} to book/benchmarks.json, beside the rows that are there, and all of them to the page,
+    under a picture of their verdicts."""
     page = ROOT / "book" / "benchmarks.md"
     path = page.with_suffix(".json")
     kept = dict(sorted(((json.loads(path.read_text()) if path.is_file() else {}) | results).items()))
     write_atomically(path, lambda p: p.write_text(json.dumps(kept, indent=1) + "\n"))
     shown = "\n".join(f"{markdown(result)}\n{measured_on(result)}\n" for result in kept.values())
     head = page.read_text().split(MARK)[0]
+    picture = page.parent / "static" / "benchmarks.svg"
+    draw(kept.values(), picture)
+    if picture.is_file():
+        shown = ("![Times as fast as the peers](static/benchmarks.svg)\n\n*How many times as fast as its peers ours is: median and "
+                 f"quartiles. Blue reaches its target, orange misses it.*\n\n{shown}")
     write_atomically(page, lambda p: p.write_text(f"{head}{MARK}\n\n{shown}"))
     print(f"kept in {path} and {page}")
 
