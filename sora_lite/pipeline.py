@@ -194,7 +194,7 @@ class SoraLite:
 
         given `[B, n, D]` and mask `[B, n]`: tokens that are held (see `diffusion.sample`, which also takes
         the remaining options). predict: what to ask in place of `predictor(prompts, grid)`, such as a blend of
-        several.
+        several; asked under autocast to bfloat16 unless bf16 is False.
         """
         n = grid[0] * grid[1] * grid[2]
         if noise is None:
@@ -202,7 +202,7 @@ class SoraLite:
             noise = torch.randn(shape, generator=generator).to(self.device)
         predict = predict or self.predictor(prompts, grid, guidance_scale=guidance_scale, bf16=bf16)
         options = dict(shift=shift_for_tokens(n, BASE)) | options
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):     # round all steps: it rounds the weights once
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):     # held over all steps: weights are rounded once
             tokens = sample(predict, noise, steps=num_inference_steps, solver=solver, given=given, mask=mask,
                             **options)
         return unpatchify(tokens, grid, self.patch)

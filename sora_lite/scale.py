@@ -167,7 +167,8 @@ def run(settings: Settings) -> Path:
     """Train as the settings say, in this process or as one of many; returns the folder of the weights."""
     s, out = settings, Path(settings.out)
     crew = Crew(accelerator(s.device, s.timeout))
-    print(f"rank {crew.rank} of {crew.world} is process {os.getpid()} on {crew.device}\n", end="", flush=True)    # in one write: others print too
+    # in one write: others print too
+    print(f"rank {crew.rank} of {crew.world} is process {os.getpid()} on {crew.device}\n", end="", flush=True)
     crew.mine(s.parts)                                   # a wrong number of parts ends here
     data = Path(s.data)
     if not any(data.glob("shard-*.tar")):

@@ -129,6 +129,11 @@ def test_verdicts_tables_and_files(tmp_path):
     assert "| ours | 2.1 (1.9 to 2.2) |" in page and "- Equal: tokens (80)." in page and "- a remark" in page
     assert "| faster | 2.1 (1.9 to 2.2) | 2 | met, on the line |" in page
     assert json.loads((tmp_path / "row9.json").read_text())["verdicts"][0]["met"]
+    never = dict(what="90%", met=False, target=3.0, measured=None, sentence="ours did not reach it")     # as row 3 says it
+    assert "| 90% | not reached | 3 | **missed** |" in (text := harness.markdown(result | dict(verdicts=[never])))
+    assert "- ours did not reach it" in text
+    harness.draw([dict(verdicts=[never])], tmp_path / "none.svg")
+    assert not (tmp_path / "none.svg").exists()
 
 
 def test_kept_rows_stand_on_the_books_page_in_order(tmp_path, monkeypatch):

@@ -241,11 +241,13 @@ def verdict(what: str, measured: dict, target: float) -> dict:
 
 
 def verdicts(made: list[dict]) -> str:
-    """What was asked of a row and what it gave, as Markdown."""
-    said = lambda v: ("met" if v["met"] else "**missed**") + (
-        ", on the line" if v["measured"]["q1"] < v["target"] < v["measured"]["q3"] else "")
-    return table([dict(what=v["what"], measured=show(v["measured"]), target=f"{v['target']:g}", said=said(v)) for v in made],
-                 {"what": "", "measured": "d", "target": "d", "said": ""}).replace("| said |", "|  |", 1)
+    """What was asked of a row and what it gave, as Markdown. Nothing measured: ours never got there."""
+    def said(v: dict) -> str:
+        seen = v["measured"]
+        return ("met" if v["met"] else "**missed**") + (", on the line" if seen and seen["q1"] < v["target"] < seen["q3"] else "")
+
+    return table([{"what": v["what"], "measured": show(v["measured"] or "not reached"), "target": f"{v['target']:g}", "": said(v)}
+                  for v in made], {"what": "", "measured": "d", "target": "d", "": ""})
 
 
 def markdown(result: dict) -> str:
@@ -253,7 +255,8 @@ def markdown(result: dict) -> str:
     parts = [f"## {result['title']}"] + ([verdicts(result["verdicts"])] if result.get("verdicts") else [])
     for made in result["tables"]:
         parts += ([f"**{made['title']}**"] if made.get("title") else []) + [table(made["rows"], made["columns"])]
-    lines = [f"Equal: {sentence}." for sentence in result["equal"]] + result.get("remarks", [])
+    missed = [v["sentence"] for v in result.get("verdicts", []) if not v["met"]]         # with where the time goes
+    lines = [f"Equal: {sentence}." for sentence in result["equal"]] + missed + result.get("remarks", [])
     return "\n\n".join(parts + (["\n".join(f"- {line}" for line in lines)] if lines else [])) + "\n"
 
 
@@ -262,7 +265,7 @@ def draw(results: Iterable[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
     from sora_lite.lab import COLORS
 
-    made = [v for result in results for v in result.get("verdicts", []) if v["target"] > 0]
+    made = [v for result in results for v in result.get("verdicts", []) if v["measured"] and v["target"] > 0]
     if not made:
         return
     fig, ax = plt.subplots(figsize=(8, 0.8 + 0.24 * len(made)))
