@@ -70,13 +70,15 @@ def flow_loss(model: Denoiser, batch: tuple[list[Tensor], list[str]], generator:
               direction: float = 0.0) -> tuple[Tensor, dict]:
     """Rectified-flow loss on latents `[Z, t, h, w]` of any sizes with their captions.
 
-    masked: share of clips with given tokens; unconditional: share whose caption is dropped, for guidance;
+    masked: share of clips with given tokens; unconditional: share whose caption is dropped, for guidance (one that is
+    empty or None always is);
     direction: weight of 1 - cos(prediction, target) per token. Clips are sorted so that equal sizes and equal
     caption lengths stand side by side, which attention rewards.
     """
     latents, captions = batch
     coin = torch.rand(2, len(latents), generator=generator)
-    captions = [None if drop else text for text, drop in zip(captions, (coin[0] < unconditional).tolist())]
+    captions = [None if drop or not (text or "").strip() else text      # a clip without words trains the empty caption
+                for text, drop in zip(captions, (coin[0] < unconditional).tolist())]
     order = sorted(range(len(latents)), key=lambda i: (
         latents[i].shape, len(model.text.vocabulary.encode(captions[i]))))
     shapes = [latents[i].shape for i in order]

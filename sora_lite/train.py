@@ -259,7 +259,7 @@ def fit(model: nn.Module, batch: Callable | Sequence[Callable], loss: Callable, 
     averaged weights: one training then shows what shorter ones would have made.
     parts: a step's batch is made of so many parts, each by a call of `batch` (or of its own, if `batch` is a list of
     `parts`), and its gradient is the mean of theirs. engine: several processes share the parts (chapter 16).
-    Raises FloatingPointError at the first loss that is not finite, naming the step; the last good
+    Raises FloatingPointError at the first loss or gradient that is not finite, naming the step; the last good
     checkpoint stays. KeyboardInterrupt saves first, then is raised again; inside an update of the weights, or on several
     processes, it does not save, and the last checkpoint stays.
     """
@@ -281,6 +281,13 @@ def fit(model: nn.Module, batch: Callable | Sequence[Callable], loss: Callable, 
     plan |= {"parts": parts} if parts > 1 else {}
     plan |= {"settings": settings} if settings else {}
     save = lambda: folder and engine.save(folder, plan, model, average, opts, vars(history))
+
+    def stop(why: str) -> None:
+        kept = folder and engine.found(folder)
+        raise FloatingPointError(
+            f"{desc}: {why}. " + (f"The last good checkpoint is {kept}" if kept else "No checkpoint was kept (give `folder`)")
+            + "; lower lr or matrix_lr, or train with bf16=False.")
+
     if folder and engine.found(folder):
         history = History(**engine.load(folder, plan, model, average, opts))
     begun = time.time() - history.seconds
@@ -307,12 +314,10 @@ def fit(model: nn.Module, batch: Callable | Sequence[Callable], loss: Callable, 
             figures = dict(zip(figures, engine.mean(list(figures.values()))))
             number = figures.pop("loss")
             if not math.isfinite(number):
-                kept = folder and engine.found(folder)
-                raise FloatingPointError(
-                    f"{desc}: the loss is {number} at step {step}. "
-                    + (f"The last good checkpoint is {kept}" if kept else "No checkpoint was kept (give `folder`)")
-                    + "; lower lr or matrix_lr, or train with bf16=False.")
-            torch.nn.utils.clip_grad_norm_(params, clip)
+                stop(f"the loss is {number} at step {step}")
+            norm = torch.nn.utils.clip_grad_norm_(params, clip)
+            if not math.isfinite(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)):
+                stop(f"the gradient is not finite at step {step}, though the loss is {number:.4g}")
             whole = False
             for o in opts:
                 o.step()

@@ -66,6 +66,12 @@ def test_gradients_reach_every_weight(generator):
         assert not [n for n, p in model.named_parameters() if p.grad is None]
 
 
+def test_a_clip_without_words_trains_the_empty_caption():
+    model, latents = denoiser(), [torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    loss = lambda last: flow_loss(model, (latents, [*CAPTIONS[:2], last]), torch.Generator().manual_seed(0), unconditional=0)[0]
+    assert float(loss("")) == float(loss(" ")) == float(loss(None)) != float(loss(CAPTIONS[0]))
+
+
 @torch.no_grad()
 def test_convolutions_cut_and_join_whole_clips_only(generator):
     dit = denoiser().dit

@@ -65,6 +65,19 @@ def test_nan_stops_the_run_names_the_step_and_keeps_the_checkpoint(tmp_path):
     assert kept["history"]["steps"] == 5 and all(v.isfinite().all() for v in kept["model"].values())
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run_too(tmp_path):
+    calls = []
+
+    def loss(m, x, g):                                       # zero, and its gradient 0 / 0, from step 9 on
+        calls.append(1)
+        return (m(x) * (0.0 if len(calls) > 9 else 1.0)).abs().sqrt().mean()
+
+    with pytest.raises(FloatingPointError, match="gradient is not finite at step 9.*last.pt"):
+        tiny(loss=loss, folder=tmp_path, save_every=5)
+    kept = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert kept["history"]["steps"] == 5 and all(v.isfinite().all() for v in kept["model"].values())
+
+
 def test_a_truncated_checkpoint_and_one_of_another_run_are_refused(tmp_path):
     tiny(folder=tmp_path)
     with pytest.raises(ValueError, match="belongs to another run"):
