@@ -75,8 +75,21 @@ def parameters(path: Path, profile: str, given: dict) -> dict:
 
 
 def stored_mark(path: Path) -> str | None:
-    """The fingerprint under which a result was made; None where there is no result."""
-    return nbformat.read(path, 4).metadata.get("sora_lite", {}).get("fingerprint") if path.is_file() else None
+    """The fingerprint under which a result was made; None where there is no whole result."""
+    try:
+        return nbformat.read(path, 4).metadata.get("sora_lite", {}).get("fingerprint") if path.is_file() else None
+    except ValueError:                                    # cut short: it is made again
+        return None
+
+
+def write_whole(nb: nbformat.NotebookNode, path: Path) -> None:
+    """Write a notebook; a kill or a full disk leaves what was there."""
+    beside = path.with_suffix(".part")
+    try:
+        nbformat.write(nb, beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def fingerprint(path: Path, values: dict, folder: Path) -> str:
@@ -113,7 +126,7 @@ def clean(path: Path, mark: str) -> None:
             cell.metadata.pop(key, None)
         if cell.cell_type == "code":
             cell.outputs = tidy(cell.outputs)
-    nbformat.write(nb, path)
+    write_whole(nb, path)
 
 
 def execute(path: Path, out: Path, values: dict, profile_dir: Path) -> float:

@@ -6,7 +6,7 @@ import argparse
 
 import nbformat
 
-from run import ROOT, chapters
+from run import ROOT, chapters, write_whole
 
 
 def store(path, run) -> str:
@@ -23,7 +23,7 @@ def store(path, run) -> str:
             for out in cell.outputs:
                 if "execution_count" in out:
                     out.execution_count = None
-    nbformat.write(nb, path)
+    write_whole(nb, path)
     return "stored"
 
 

@@ -27,7 +27,7 @@ import joblib
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -216,8 +216,14 @@ def _keep(path: Path, made: object) -> None:
     tensors = {k: x.detach().cpu().contiguous() for k, x in values.items() if isinstance(x, Tensor)}
     rest = {k: x for k, x in values.items() if k not in tensors} if tensors else made
     part = path.with_suffix(f".{os.getpid()}")
-    save_file(tensors, part, {"json": json.dumps(rest)})
-    part.replace(path)
+    try:
+        part.write_bytes(to_bytes(tensors, {"json": json.dumps(rest)}))
+        part.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, f"could not write {path}: {error.strerror}. What was kept before is there; free some "
+                      f"space and run again") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _kept(path: Path) -> object:

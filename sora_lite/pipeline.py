@@ -126,9 +126,15 @@ class SoraLite:
         if not (folder / "pipeline.json").is_file():
             raise FileNotFoundError(f"{folder} holds no pipeline.json: give a folder that "
                                     f"SoraLite.save_pretrained wrote, such as data/sora-lite")
+        try:
+            notes = json.loads((folder / "pipeline.json").read_text())
+            notes = dict(patch=notes["patch"], defaults=notes["defaults"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder / 'pipeline.json'} cannot be read ({type(error).__name__}: {error}): it is "
+                             f"truncated or not one of ours; fetch it or train it again") from error
         parts = [kind.from_pretrained(folder / name, device)
                  for kind, name in ((VideoVAE, "vae"), (TextEncoder, "text"), (DiT, "dit"))]
-        return cls(*parts, **json.loads((folder / "pipeline.json").read_text()))
+        return cls(*parts, **notes)
 
     def save_pretrained(self, folder: str | Path, **provenance) -> Path:
         """Write the three parts and their defaults to a folder; keyword arguments go to provenance.json."""

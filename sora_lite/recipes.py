@@ -113,10 +113,14 @@ def panda70m(folder: str | Path, **size) -> Videos:
     listed = []
     for path in sorted(_need(Path(folder), "Panda-70M").rglob("*.mp4")):
         text, notes, caption = path.with_suffix(".txt"), path.with_suffix(".json"), ""
-        if text.is_file():
-            caption = text.read_text().strip()
-        elif notes.is_file():
-            caption = json.loads(notes.read_text()).get("caption") or ""
+        try:
+            if text.is_file():
+                caption = text.read_text(encoding="utf-8").strip()
+            elif notes.is_file():
+                caption = json.loads(notes.read_text(encoding="utf-8")).get("caption") or ""
+        except (ValueError, AttributeError) as error:
+            print(f"Panda-70M: {path} is left out, its caption cannot be read ({error})")
+            continue
         if isinstance(caption, str) and caption.startswith("["):
             with contextlib.suppress(ValueError, SyntaxError):
                 caption = ast.literal_eval(caption)              # a list, written as Python prints it

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import safetensors                      # its `safe_open` by itself cannot be sent to another process
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 from tqdm import tqdm
 
@@ -166,7 +166,7 @@ class Rollout:
         state = dict(tail=self.tail.cpu(), progress=self.progress.cpu())
         place = dict(round=self.round, made=self.made) | notes
         notes = dict(plan=json.dumps(self.plan), place=json.dumps(place))
-        write_atomically(path, lambda beside: save_file(state, beside, notes))
+        write_atomically(path, lambda beside: beside.write_bytes(to_bytes(state, notes)))
 
     def load(self, path: str | Path) -> dict:
         """Go on from what `save` wrote; returns its notes. ValueError for a damaged file, or another rollout's."""

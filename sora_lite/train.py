@@ -272,6 +272,7 @@ def fit(model: nn.Module, batch: Callable | Sequence[Callable], loss: Callable, 
     keep_memory()
     called = engine.prepare(model)
     model.train()
+    model.zero_grad(set_to_none=True)                     # of a step that was interrupted, or only counted
     params = [p for p in model.parameters() if p.requires_grad]
     average = [local(p.detach()).clone() for p in params]
     opts = optimizers(model, lr, matrix_lr)
@@ -331,7 +332,7 @@ def fit(model: nn.Module, batch: Callable | Sequence[Callable], loss: Callable, 
             for name, figure in figures.items():
                 history.figures.setdefault(name, []).append(figure)
             history.steps, history.seconds = step + 1, time.time() - begun
-            whole = True
+            buffers, whole = [], True                     # what this step did to the buffers stands, too
             if step % 20 == 0:
                 bar.set_postfix(loss=f"{history.losses[-1]:.4f}", refresh=False)
             if (step + 1) % save_every == 0 and step + 1 < steps:
@@ -381,14 +382,21 @@ class Pretrained:
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no {name}: it is not a folder that "
                                         f"{cls.__name__}.save_pretrained wrote")
-        model = cls(**json.loads((folder / "config.json").read_text()))
+        try:
+            model = cls(**json.loads((folder / "config.json").read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{folder / 'config.json'} does not describe a {cls.__name__} ({error}): the file is "
+                             f"truncated or another's; fetch it or train it again") from error
         try:
             state = load_file(folder / "model.safetensors")
         except Exception as error:
             raise ValueError(f"{folder / 'model.safetensors'} cannot be read ({error}): the file is "
                              f"truncated or damaged; fetch it or train it again") from error
-        missing = model.load_state_dict({k: v.float() if v.is_floating_point() else v
-                                         for k, v in state.items()}, strict=False)
+        try:
+            missing = model.load_state_dict({k: v.float() if v.is_floating_point() else v
+                                             for k, v in state.items()}, strict=False)
+        except RuntimeError as error:                       # numbers of other sizes
+            raise ValueError(f"{folder} does not fit {cls.__name__}: {error}") from error
         if missing.missing_keys or missing.unexpected_keys:
             raise ValueError(f"{folder} does not fit {cls.__name__}: missing {missing.missing_keys[:3]}, "
                              f"unexpected {missing.unexpected_keys[:3]}")

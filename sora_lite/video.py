@@ -114,7 +114,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> Path:
         raise OSError(error.errno, f"could not write {path}: {error.strerror or error}. What was "
                       "there is unchanged; free some space or choose another place") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):                     # where there is no folder, there is nothing to take away
+            beside.unlink()
     return path
 
 # %% ../notebooks/01_worlds.ipynb #01370de2

@@ -7,6 +7,7 @@ __all__ = ['ACTIONS', 'DEEDS', 'PHOTOGRAPHS', 'MOVES', 'SUFFIXES', 'World', 'rec
 # %% ../notebooks/01_worlds.ipynb #498e17d3
 """Worlds of real pixels: the game Crafter, photographs under a moving camera, video files."""
 import csv
+import io
 import json
 import os
 import warnings
@@ -246,6 +247,14 @@ class Photographs(World):
 SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".gif", ".m4v")
 
 
+def _text(path: Path) -> str:
+    """What a text file says; ValueError names one that is not in UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from None
+
+
 def read_captions(folder: Path) -> dict[str, str]:
     """Captions by file name (or path within the folder), from captions.csv and captions.jsonl.
 
@@ -254,17 +263,15 @@ def read_captions(folder: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     table, lines = folder / "captions.csv", folder / "captions.jsonl"
     if table.is_file():
-        with open(table, newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file)
-            if not {"file", "caption"} <= set(rows.fieldnames or []):
-                raise ValueError(f"{table} needs the columns file and caption, "
-                                 f"it has {rows.fieldnames}")
-            found |= {row["file"]: row["caption"] or "" for row in rows}
+        rows = csv.DictReader(io.StringIO(_text(table), newline=""))
+        if not {"file", "caption"} <= set(rows.fieldnames or []):
+            raise ValueError(f"{table} needs the columns file and caption, it has {rows.fieldnames}")
+        found |= {row["file"]: row["caption"] or "" for row in rows}
     if lines.is_file():
-        for number, line in enumerate(lines.read_text(encoding="utf-8-sig").splitlines(), 1):
+        for number, line in enumerate(_text(lines).splitlines(), 1):
             try:
                 row = json.loads(line) if line.strip() else {"file": "", "caption": ""}
-                found[row["file"]] = row["caption"]
+                found[row["file"]] = str(row["caption"] or "")
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{lines}, line {number}: there must be one JSON object with file "
                                  "and caption") from None
@@ -298,8 +305,13 @@ class Folder(World):
                 self.files[path] = probe(path)
             except (ValueError, OSError) as error:
                 self._leave_out(path, error)
-        self._insist()
         self.captions = read_captions(self.folder)
+        for path in list(self.files):
+            try:
+                self.caption(path)
+            except (ValueError, OSError) as error:
+                self._leave_out(path, error)
+        self._insist()
 
     def _leave_out(self, path: Path, error: Exception) -> None:
         self.files.pop(path, None)
@@ -319,7 +331,7 @@ class Folder(World):
     def caption(self, path: Path) -> str:
         """What stands in the .txt beside a file, else in captions.csv or .jsonl, else nothing."""
         if path.with_suffix(".txt").is_file():
-            return path.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
+            return _text(path.with_suffix(".txt")).strip()
         within = path.relative_to(self.folder).as_posix()
         return self.captions.get(within, self.captions.get(path.name, ""))
 

@@ -209,7 +209,7 @@ def test_a_peer_as_dit_says_the_same_and_refuses_other_sizes():
 
 
 @needs_diffusers
-@pytest.mark.parametrize("row", [1, 4, 5])
+@pytest.mark.parametrize("row", [1, 2, 4, 5])
 def test_rows_run(row, tmp_path):
     done = bench("bench.py", "--tiny", "--rows", str(row), "--forms", "eager", out=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -220,6 +220,10 @@ def test_rows_run(row, tmp_path):
             f"small: {ours} faster than {peer}, both eager" for ours in ("ours", "ours, plain") for peer in ("Wan", "CogVideoX")}
         rows = {r["contender"]: r for r in result["tables"][0]["rows"]}
         assert rows["ours"]["GFLOP a step"] > 1.1 * rows["ours, plain"]["GFLOP a step"] > 0
+    if row == 2:        # both scales of both peers, each with its speeds and its fidelity
+        assert len(result["tables"][0]["rows"]) == 5 and len(result["verdicts"]) == 12
+        assert {v["what"] for v in result["verdicts"] if v["what"].startswith("PSNR")} == {
+            f"PSNR above {peer}, equal {what}" for peer in ("CogVideoX", "Wan") for what in ("parameters", "operations")}
 
 
 @needs_diffusers

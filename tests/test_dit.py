@@ -1,4 +1,6 @@
 """Text, transformer, masks and pipeline."""
+import types
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -68,8 +70,67 @@ def test_gradients_reach_every_weight(generator):
 
 def test_a_clip_without_words_trains_the_empty_caption():
     model, latents = denoiser(), [torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)]
-    loss = lambda last: flow_loss(model, (latents, [*CAPTIONS[:2], last]), torch.Generator().manual_seed(0), unconditional=0)[0]
-    assert float(loss("")) == float(loss(" ")) == float(loss(None)) != float(loss(CAPTIONS[0]))
+    loss = lambda last: flow_loss(model, (latents, [*CAPTIONS[:2], last]), torch.Generator().manual_seed(0), unconditional=0)[0].item()
+    assert loss("") == loss(" ") == loss(None) != loss(CAPTIONS[0])
+
+
+def test_every_kind_of_mask_is_drawn():
+    grid, patterns, boxes = (5, 3, 3), set(), 0
+    for seed in range(500):
+        mask = draw_mask(coordinates(grid), grid, torch.Generator().manual_seed(seed)).view(5, 9)
+        if (mask == mask[:, :1]).all():                                 # whole frames
+            patterns.add("".join("01"[int(frame)] for frame in mask[:, 0]))
+        else:                                                           # a box, or all but one, in every frame
+            assert (mask == mask[:1]).all()
+            boxes += 1
+    assert {"10000", "11110", "00001", "01111", "10001"} <= patterns and any("101" in p for p in patterns)
+    assert boxes > 50
+
+
+class Listener:
+    """Remembers what it is shown; says nonsense of given tokens, and nothing of the rest."""
+    text = types.SimpleNamespace(vocabulary=Vocabulary(vocabulary()))
+
+    def __call__(self, tokens, t, coords, lengths, captions):
+        self.tokens, self.given, self.captions = tokens, t == 0, captions
+        return torch.where(self.given[:, None], 1e6, 0.0).expand(tokens.shape)
+
+
+def test_given_tokens_are_shown_clean_and_do_not_count(generator):
+    model, batch = Listener(), ([torch.ones(4, 5, 6, 6)] * 32, ["a red circle"] * 32)
+    loss, _ = flow_loss(model, batch, generator, masked=1.0, unconditional=0.0)
+    assert 0.1 < model.given.float().mean() < 0.9 and (model.tokens[model.given] == 1).all()
+    assert not (model.tokens[~model.given] == 1).all(1).any()
+    assert float(loss) == pytest.approx(2, rel=0.1)                     # the mean of (eps - 1)^2 over what was not given
+    flow_loss(model, batch, generator, masked=0.0, unconditional=0.0)
+    assert not model.given.any() and None not in model.captions
+    flow_loss(model, batch, generator, masked=0.25, unconditional=1.0)
+    assert 0.03 < model.given.view(32, -1).any(1).float().mean() < 0.6 and model.captions == [None] * 32
+
+
+@torch.no_grad()
+def test_mdt_hides_tokens_from_its_early_blocks_in_training_only(generator):
+    dit, seen = denoiser(MDT, conv_depth=0).dit, []
+    for block in dit.blocks:
+        block.register_forward_pre_hook(lambda module, given: seen.append(list(given[2])))
+    packed, t = inputs([(2, 4, 4), (1, 2, 6)], generator)               # 8 and 3 tokens
+    words = torch.randn(2, 32, generator=generator), [1, 1]
+    for training, early in ((True, [6, 2]), (False, [8, 3])):
+        seen.clear()
+        dit.train(training)(packed.tokens, t, packed.coords, packed.lengths, words)
+        assert seen == [early, early, [8, 3], [8, 3]]
+
+
+@torch.no_grad()
+def test_each_prompt_gets_its_own_prediction_and_guidance_leads_towards_it(pipe, generator):
+    prompts = ["a small blue star moves left on a black background", None, "a red circle"]      # not in order of length
+    x, t = torch.randn(3, 8, 16, generator=generator), torch.full((3, 8), 0.5)
+    say = lambda texts, scale, rows: pipe.predictor(texts, (2, 2, 2), guidance_scale=scale, bf16=False)(x[rows], t[rows])
+    together = say(prompts, 3.0, slice(None))
+    for i, text in enumerate(prompts):
+        alone, free = (say([said], 1.0, slice(i, i + 1)) for said in (text, None))
+        torch.testing.assert_close(together[i:i + 1], free + 3 * (alone - free), rtol=1e-3, atol=1e-3)
+    assert (together[0] - say([None], 1.0, slice(0, 1))[0]).abs().max() > 1e-2
 
 
 @torch.no_grad()
@@ -185,10 +246,20 @@ def test_bad_sizes_and_prompts_fail_before_any_work(pipe):
 
 
 def test_the_pipeline_travels(pipe, tmp_path):
+    with torch.no_grad():                              # as saved: in half precision
+        for p in [*pipe.vae.parameters(), *pipe.model.parameters()]:
+            p.copy_(p.bfloat16())
     pipe.save_pretrained(tmp_path / "p", seed=0)
     back = SoraLite.from_pretrained(tmp_path / "p")
     assert back.defaults == pipe.defaults and back.patch == pipe.patch
-    assert back("a red circle", frames=5, height=32, width=32).shape == (1, 3, 5, 32, 32)
+    make = lambda p: p(["a red circle", "a small blue star"], frames=5, height=32, width=32,
+                       generator=torch.Generator().manual_seed(1))
+    assert make(back).shape == (2, 3, 5, 32, 32) and torch.allclose(make(back), make(pipe), atol=1e-5)
+    (tmp_path / "p" / "pipeline.json").rename(tmp_path / "kept")
+    (tmp_path / "p" / "pipeline.json").write_text('{"patch": [1, 2')
+    with pytest.raises(ValueError, match="pipeline.json cannot be read"):
+        SoraLite.from_pretrained(tmp_path / "p")
+    (tmp_path / "kept").rename(tmp_path / "p" / "pipeline.json")
     (tmp_path / "p" / "dit" / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="model.safetensors"):
         SoraLite.from_pretrained(tmp_path / "p")

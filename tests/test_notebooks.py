@@ -12,6 +12,7 @@ import yaml
 import address
 import export
 import run
+import store
 from sora_lite import lab
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,11 +40,11 @@ def test_one_parameters_cell_of_plain_literals(name):
     assert {"profile", "seed", "device"} <= set(run.declared(ROOT / "notebooks" / f"{name}.ipynb"))
 
 
-NUMBERS = [(name, key) for name in ("01_worlds", "02_compression", "03_patches", "04_diffusion", "06_scaling", "07_sizes",
-                                    "08_language")
+NUMBERS = [(name, key) for name in ("00_overview", "01_worlds", "02_compression", "03_patches", "04_diffusion", "05_dit", "06_scaling",
+                                    "07_sizes", "08_language", "09_edit", "10_blend", "11_rollout")
            for key, value in run.declared(ROOT / "notebooks" / f"{name}.ipynb").items()
            if isinstance(value, (int, float)) and not isinstance(value, bool) and key != "seed"]
-LISTS = [("06_scaling", "sizes", [[24, 2], [30, 2], [48, 2]]), ("06_scaling", "sizes", [[24, 2], [32, 0], [48, 2]]),
+LISTS = [("05_dit", "width", 0), ("05_dit", "depth", 0), ("06_scaling", "sizes", [[24, 2], [30, 2], [48, 2]]), ("06_scaling", "sizes", [[24, 2], [32, 0], [48, 2]]),
          ("06_scaling", "budgets", [0.5, 0.25]), ("06_scaling", "figure_ratios", []), ("06_scaling", "figure_ratios", [2, 4])]
 
 
@@ -53,6 +54,39 @@ def test_a_number_that_cannot_be_is_refused_at_once_by_name(name, key, value):
     at = next(i for i, c in enumerate(cells) if "parameters" in c.metadata.get("tags", []))
     with pytest.raises(ValueError, match=key):
         exec(cells[at + 1].source, run.declared(ROOT / "notebooks" / f"{name}.ipynb") | {key: value})
+
+
+def test_a_kill_while_a_result_is_marked_loses_nothing_and_a_broken_result_is_none(tmp_path, monkeypatch):
+    path = tmp_path / PATHS[0].name
+    path.write_text(PATHS[0].read_text())
+    before = path.read_text()
+
+    def killed(nb, to, *_, **__):
+        Path(to).write_text("{")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(nbformat, "write", killed)
+        run.clean(path, "a mark")
+    assert path.read_text() == before and list(tmp_path.iterdir()) == [path]
+    path.write_text("{")
+    assert run.stored_mark(path) is None
+
+
+def test_outputs_are_stored_from_a_run_of_the_same_sources_only(tmp_path):
+    chapter, made, cell = tmp_path / "c.ipynb", tmp_path / "made.ipynb", nbformat.v4.new_code_cell
+    nb = nbformat.v4.new_notebook(cells=[cell("x = 1"), cell("print(x)")])
+    nbformat.write(nb, chapter)
+    assert store.store(chapter, made) == "no run"
+    nb.cells.insert(1, cell("x = 2", metadata=dict(tags=["injected-parameters"])))
+    nb.cells[2].outputs = [nbformat.v4.new_output("stream", name="stdout", text="2\n")]
+    nbformat.write(nb, made)
+    assert store.store(chapter, made) == "stored"
+    stored = nbformat.read(chapter, 4).cells
+    assert [c.source for c in stored] == ["x = 1", "print(x)"] and stored[1].outputs[0].text == "2\n"
+    nb.cells[2].source, before = "print(2 * x)", chapter.read_text()
+    nbformat.write(nb, made)
+    assert "another version" in store.store(chapter, made) and chapter.read_text() == before
 
 
 @every

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -349,3 +350,17 @@ def test_features_see_motion_and_colour(pipe, generator):
     rows = features(pipe.vae, torch.cat([still, moving, still * 0.5]), batch=2)
     assert rows.shape == (3, 12) and rows[1, 8:].mean() > rows[0, 8:].mean()
     assert (rows[0, :4] - rows[2, :4]).abs().max() > 1e-3
+
+
+def test_a_full_disk_keeps_the_state_that_was_saved(pipe, tmp_path):
+    path, roll = tmp_path / "state.safetensors", Rollout(pipe, [[(RED, 5)]])
+    roll.step()
+    roll.save(path)
+    before, (soft, hard) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(OSError, match="could not write .*state.safetensors.*free some space"):
+            roll.save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

@@ -26,7 +26,7 @@ from sora_lite.budget import (Batch, Machine, activation_bytes, bill, flops_of_s
 from sora_lite.crew import Crew, accelerator, recomputed
 from sora_lite.pipeline import SoraLite, flow_loss
 from sora_lite.recipes import CARDS, MovingMNIST, openvid, panda70m, something_something, ucf101
-from sora_lite.scale import Settings, launch, main, run, what_ended, world_of
+from sora_lite.scale import Settings, build, launch, main, run, what_ended, world_of
 from sora_lite.shapes import Shapes
 from sora_lite.shards import Stream, card_of, read_shards, vocabulary_of, write_shards
 from sora_lite.train import fit, optimizers, orthogonalize
@@ -301,12 +301,17 @@ def settings_of(tmp_path, vae, **options):
 
 
 def test_launch_trains_from_a_world_on_two_processes_and_saves_a_pipeline(tmp_path, vae, capfd):
-    one = launch(settings_of(tmp_path / "one", vae))
-    two = launch(settings_of(tmp_path / "two", vae, strategy="fsdp", recompute=True), processes=2)
-    torch.testing.assert_close(torch.tensor(one["losses"]), torch.tensor(two["losses"]), rtol=2e-2, atol=2e-2)   # bf16
+    how = dict(warmup=1, bf16=False)                                    # steps of full size, in full precision
+    settings = settings_of(tmp_path / "one", vae, **how)
+    one = launch(settings)
+    two = launch(settings_of(tmp_path / "two", vae, strategy="fsdp", recompute=True, **how), processes=2)
+    torch.testing.assert_close(torch.tensor(one["losses"]), torch.tensor(two["losses"]), rtol=1e-3, atol=1e-3)
     a, b = (SoraLite.from_pretrained(tmp_path / name / "out" / "weights") for name in ("one", "two"))
-    for (name, x), y in zip(a.model.state_dict().items(), b.model.state_dict().values()):
-        torch.testing.assert_close(x, y, rtol=0.05, atol=0.02, msg=name)
+    fresh = build(settings, vocabulary_of(tmp_path / "one" / "out" / "shards"), 4).state_dict()
+    way_a, way_b = (torch.cat([(x - fresh[name].bfloat16().float()).flatten() for name, x in made.model.state_dict().items()])
+                    for made in (a, b))                                 # saved in half precision, and so is the start
+    assert way_a.abs().max() > 5e-3                                     # it went somewhere,
+    assert torch.nn.functional.cosine_similarity(way_a, way_b, dim=0) > 0.99       # and both the same way
     assert a.defaults["frames"] == 9
 
 
@@ -629,6 +634,14 @@ def test_a_folder_of_videos_goes_into_shards(tmp_path, vae):
     samples = list(read_shards(tmp_path / "shards"))
     assert len(samples) == 6 and {text for _, text, _ in samples} <= {"film 0", "film 1", ""}
     assert all(about["source"].endswith(".mp4") and about["video"] == [3, 5, 16, 16] for _, _, about in samples)
+
+
+def test_films_without_captions_are_trained_on(tmp_path, vae, capfd):
+    for i in range(3):
+        film(tmp_path / "films" / f"{i}.mp4", i / 4)
+    (tmp_path / "films" / "0.txt").write_text("a grey wall")
+    made = run(settings_of(tmp_path, vae, data=str(tmp_path / "films"), clips=4, per_shard=2, steps=2, parts=1))
+    assert SoraLite.from_pretrained(made).defaults["frames"] == 9
 
 
 def test_a_broken_sharded_checkpoint_and_one_of_another_run_are_named(tmp_path):

@@ -1,4 +1,5 @@
 """Native sizes: tiles, positions, framing, batches of mixed clips."""
+import json
 import math
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import ROOT
 from sora_lite import oracle, sizes
 from sora_lite.dit import DiT
 from sora_lite.patches import coordinates, pack, rope
@@ -242,3 +244,12 @@ def test_mean_and_error():
     mean, error = mean_and_error(torch.tensor([[0.0, 2.0], [3.0, 3.0]]))
     assert mean == 2.0 and abs(error - 1.0) < 1e-6
     assert math.isnan(mean_and_error(torch.ones(1))[1])
+
+
+def test_the_weights_that_come_with_the_book_load_and_obey():
+    folder = ROOT / "data" / "sora-lite"
+    assert sum(p.stat().st_size for p in (ROOT / "data").rglob("*") if p.is_file()) <= 16_000_000
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert {"seed", "train_steps", "commit", "seconds", "fidelity", "fidelity_two"} <= set(provenance)
+    rows, _ = score_at(SoraLite.from_pretrained(folder), 17, 64, 64, 16, real=False)
+    assert rows["sampled"][:, -1].mean() >= 0.75                        # of 16 prompts: broken weights, not weak ones

@@ -1,5 +1,6 @@
 """The loop: resumes to the bit after a kill, stops at NaN with the last checkpoint whole, writes atomically."""
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from sora_lite.train import Muon, Pretrained, fit, orthogonalize, rate
+from sora_lite.train import Engine, Muon, Pretrained, fit, orthogonalize, rate
 from sora_lite.video import write_atomically
 
 SCRIPT = """
@@ -78,6 +79,26 @@ def test_a_gradient_that_is_not_finite_stops_the_run_too(tmp_path):
     assert kept["history"]["steps"] == 5 and all(v.isfinite().all() for v in kept["model"].values())
 
 
+def test_a_disk_that_fills_up_in_mid_training_costs_nothing_that_was_kept(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    calls = []
+
+    def loss(m, x, g):
+        calls.append(1)
+        if len(calls) == 8:                                  # from here on no file may grow beyond 2000 bytes
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+        return m(x).float().square().mean()
+
+    try:
+        with pytest.raises(OSError, match="could not write .*last.pt.*free some space"):
+            tiny(loss=loss, folder=tmp_path, save_every=5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["history"]["steps"] == 5
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+    assert torch.equal(tiny(folder=tmp_path)[0].weight, tiny()[0].weight)
+
+
 def test_a_truncated_checkpoint_and_one_of_another_run_are_refused(tmp_path):
     tiny(folder=tmp_path)
     with pytest.raises(ValueError, match="belongs to another run"):
@@ -122,6 +143,44 @@ def count(folder, **options):
 
 def interrupt(*_, **__):
     raise KeyboardInterrupt
+
+
+def test_an_interrupt_while_a_checkpoint_is_written_keeps_the_buffers_of_its_step(tmp_path, monkeypatch):
+    whole, real, calls = count(tmp_path / "whole"), Engine.save, []
+
+    def save(*args):
+        calls.append(1)
+        return interrupt() if len(calls) == 1 else real(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Engine, "save", save)
+        count(tmp_path / "cut")
+    kept = torch.load(tmp_path / "cut" / "last.pt", weights_only=True)
+    assert kept["model"]["seen"] == kept["history"]["steps"] > 0
+    again = count(tmp_path / "cut")
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+
+
+def test_a_run_that_goes_on_with_the_same_model_forgets_the_gradient_that_was_cut(tmp_path, monkeypatch):
+    calls, real, made = [], torch.nn.utils.clip_grad_norm_, {}
+
+    def go(name):
+        fit(made[name], lambda k, g: torch.randn(8, 4, generator=g), lambda m, x, g: m(x).float().square().mean(),
+            steps=12, clip=1e9, folder=tmp_path / name, save_every=5)
+
+    def clip(*args):
+        calls.append(1)
+        return interrupt() if len(calls) == 8 else real(*args)
+
+    for name in ("whole", "cut"):
+        torch.manual_seed(0)
+        made[name] = nn.Linear(4, 4)
+    go("whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+        go("cut")
+    go("cut")
+    assert torch.equal(made["whole"].weight, made["cut"].weight)
 
 
 @pytest.mark.parametrize("where, kept", [("loss", 7), ("optimiser", 5), ("average", 5), ("watch", 5)])
@@ -233,3 +292,11 @@ def test_watching_shows_what_a_shorter_training_makes_and_changes_nothing():
     watched, seen = train_a_line(30, watch_at=(5, 30))
     assert sorted(seen) == [5, 30] and not any(training for _, training in seen.values())
     assert torch.equal(seen[5][0], short) and torch.equal(seen[30][0], long) and torch.equal(watched, long)
+
+
+@pytest.mark.parametrize("said", ["", '{"size": 5', '{"side": 5}', '{"size": 4}'])
+def test_a_configuration_that_is_broken_or_anothers_is_named(tmp_path, said):
+    Kept(5).save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "config.json").write_text(said)
+    with pytest.raises(ValueError, match=str(tmp_path / "m")):
+        Kept.from_pretrained(tmp_path / "m")

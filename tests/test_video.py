@@ -328,3 +328,10 @@ def test_real_clips():
         native = read(path, frames=2)
         assert native.video.shape[2:] == (about["height"], about["width"])
         assert native.fps == pytest.approx(about["fps"])
+
+
+def test_a_file_in_the_place_of_the_folder_is_said(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="could not write .*clip.mp4.*choose another place"):
+        write(tmp_path / "file" / "clip.mp4", ramp(3))
+    assert (tmp_path / "file").read_text() == "in the way"

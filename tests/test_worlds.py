@@ -235,3 +235,15 @@ def test_a_file_that_goes_bad_later_does_not_stop_a_training(clips):
     video, _ = world.batch(8, seeded())
     assert video.shape[0] == 8 and (video > 0.9).all(), "only the white clip is left"
     assert any(p.name == "a.mp4" for p in world.bad)
+
+
+def test_a_caption_that_cannot_be_read_is_named_at_once(clips, capsys):
+    (clips / "a.txt").write_bytes("ein gr\u00fcner Kreis".encode("latin-1"))
+    assert [p.name for p in Folder(clips).files] == ["b.webm"]
+    assert "left out: a.txt is not text in UTF-8" in capsys.readouterr().out
+    (clips / "captions.csv").write_bytes("file,caption\nb.webm,wei\u00df\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="captions.csv is not text in UTF-8"):
+        Folder(clips)
+    (clips / "captions.csv").unlink()
+    (clips / "captions.jsonl").write_text('{"file": "b.webm", "caption": null}\n')
+    assert Folder(clips).caption(clips / "deep" / "b.webm") == ""
