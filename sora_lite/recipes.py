@@ -161,6 +161,7 @@ class MovingMNIST:
 class Card:
     """What to know of a set before one begins."""
     clips: str
+    size: str
     licence: str
     page: str
     get: str
@@ -170,28 +171,31 @@ class Card:
 
 CARDS = {
     "UCF-101": Card(
-        "13,320 clips of 101 actions", "see the set's page; the films are YouTube's users'",
+        "13,320 clips of 101 actions", "6.9 GB", "none stated; the films are YouTube's users'",
         "https://www.crcv.ucf.edu/data/UCF101.php",
         "curl -O https://www.crcv.ucf.edu/data/UCF101/UCF101.rar and, for the lists, "
         "https://www.crcv.ucf.edu/data/UCF101/UCF101TrainTestSplits-RecognitionTask.zip",
         "UCF-101/<Class>/*.avi, ucfTrainTestlist/*.txt", ucf101),
     "Something-Something v2": Card(
-        "220,847 clips of hands and things", "see the set's page (for research, under an agreement)",
-        "https://www.qualcomm.com/developer/software/something-something-v-2-dataset", "by hand, from the set's page",
+        "220,847 clips of hands and things", "about 20 GB", "for research only, under an agreement on the set's page",
+        "https://www.qualcomm.com/developer/software/something-something-v-2-dataset", 
+        "by hand, from the set's page; then cat 20bn-something-something-v2-?? | tar zx",
         "labels/*.json, 20bn-something-something-v2/*.webm", something_something),
     "OpenVid-1M": Card(
-        "about a million clips with long captions", "CC BY 4.0 as its page says; each film keeps its own",
+        "about a million clips with long captions", "186 archives, the two looked up of 36 and 37 GB: some 7 TB",
+        "CC BY 4.0 as its page says; each film keeps its own",
         "https://huggingface.co/datasets/nkp37/OpenVid-1M",
-        "hf download nkp37/OpenVid-1M --repo-type dataset, then unzip into video/",
+        "hf download nkp37/OpenVid-1M --repo-type dataset; those in pieces: cat OpenVid_part96_part* > OpenVid_part96.zip; "
+        "then unzip -j OpenVid_part0.zip -d video, and so on",
         "data/train/OpenVid-1M.csv, video/*.mp4", openvid),
     "Panda-70M": Card(
-        "70,723,513 clips of 3,779,763 films, 167 thousand hours, about 36 TB; subsets of 10M (8 TB) and 2M (1.6 TB)",
-        "see the set's page (no licence is granted; the films are YouTube's users')",
+        "70,723,513 clips of 3,779,763 films, 167 thousand hours", "about 36 TB; subsets of 10M (8 TB) and 2M (1.6 TB)",
+        "none granted; the films are YouTube's users'",
         "https://snap-research.github.io/Panda-70M/",
         'video2dataset (the set\'s own) --url_list="<csv>" --url_col="url" --caption_col="caption" '
         '--clip_col="timestamp" --output_folder="<folder>" ...', "<folder>/00000/*.mp4 with *.txt, *.json", panda70m),
     "Moving MNIST": Card(
-        "10,000 clips of 20 frames, 64×64", "see the set's page",
+        "10,000 clips of 20 frames, 64×64", "819 MB", "none stated",
         "https://www.cs.toronto.edu/~nitish/unsupervised_video/",
         "curl -O http://www.cs.toronto.edu/~nitish/unsupervised_video/mnist_test_seq.npy", "mnist_test_seq.npy",
         MovingMNIST),

@@ -1,5 +1,6 @@
 """What holds for every notebook: tags, sizes, profiles, export in step, one address, earlier modules only."""
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
 
 import address
 import export
@@ -184,11 +187,29 @@ def test_the_package_needs_no_notebook_tools():
 
 @every
 def test_every_cell_runs_and_marked_outputs_are_as_stored(name, tmp_path):
-    """The smoke profile, in a run folder of its own; cells tagged `check` must print what is stored."""
-    path, nb = ROOT / "notebooks" / f"{name}.ipynb", NOTEBOOKS[name]
-    run.execute(path, tmp_path / path.name, run.parameters(path, "smoke", {}), tmp_path.parent / "smoke-runs")
-    made = {c.get("id"): c for c in nbformat.read(tmp_path / path.name, 4).cells}
-    printed = lambda cell: "".join(o.text for o in cell.outputs if o.get("name") == "stdout")
-    for cell in tagged(nb, "check"):
-        if cell.outputs:
-            assert printed(made[cell.id]) == printed(cell), cell.source[:80]
+    """nbval reruns the chapter at the smoke profile, in a run folder of its own; cells tagged `nbval-check-output` must
+    print what is stored."""
+    path = ROOT / "notebooks" / f"{name}.ipynb"
+    nb = parameterize_notebook(load_notebook_node(str(path)), run.parameters(path, "smoke", {}))
+    nb.cells.insert(0, nbformat.v4.new_code_cell(f"import os; os.chdir({str(ROOT)!r})"))
+    for cell in nb.cells:
+        if cell.get("outputs"):
+            cell.execution_count = 1                       # nbval wants to see that the cell was run
+    nbformat.write(nb, tmp_path / path.name)
+    done = subprocess.run([sys.executable, "-m", "pytest", "--nbval-lax", "-qx", "-p", "no:cacheprovider", path.name], cwd=tmp_path,
+                          env=os.environ | {"SORA_LITE_RUN": str(tmp_path.parent / "smoke-runs")}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
+
+
+def test_a_chapter_runs_with_its_parameters_and_an_error_says_where(tmp_path, monkeypatch):
+    monkeypatch.setenv("SORA_LITE_RUN", "")                # `execute` sets it; afterwards it is as it was
+    cell, chapter, out = nbformat.v4.new_code_cell, tmp_path / "c.ipynb", tmp_path / "out.ipynb"
+    cells = [cell("n = 1", metadata=dict(tags=["parameters"])), cell("print(10 * n)"), cell("1 / (n - 3)")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(
+        name="python3", display_name="Python 3", language="python"))), chapter)
+    run.execute(chapter, out, {"n": 2}, tmp_path / "run")
+    printed = [o.text for c in nbformat.read(out, 4).cells for o in c.get("outputs", []) if o.output_type == "stream"]
+    assert printed == ["20\n"]
+    with pytest.raises(SystemExit, match=r"(?s)c.ipynb: cell \d+ failed.*1 / \(n - 3\).*ZeroDivisionError.*out.part.ipynb"):
+        run.execute(chapter, out, {"n": 3}, tmp_path / "run")
+    assert nbformat.read(out, 4).cells and (tmp_path / "out.part.ipynb").is_file()      # the good result is still there

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sora_lite.video import write
 from sora_lite.worlds import (ACTIONS, MOVES, PHOTOGRAPHS, Crafter, Folder, Photographs, crafter_caption,
-                              photograph, read_captions, window)
+                              photograph, read_captions, window, world_of)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -247,3 +247,15 @@ def test_a_caption_that_cannot_be_read_is_named_at_once(clips, capsys):
     (clips / "captions.csv").unlink()
     (clips / "captions.jsonl").write_text('{"file": "b.webm", "caption": null}\n')
     assert Folder(clips).caption(clips / "deep" / "b.webm") == ""
+
+
+def test_a_mixture_draws_on_all_its_worlds_and_a_world_is_found_by_name(clips, tmp_path, generator):
+    mixed = world_of("shapes+photographs", 32, 48, 5, fps=4)
+    drawn = [mixed.sample(generator) for _ in range(24)]
+    assert {clip.video.shape for clip in drawn} == {(3, 5, 32, 48)} and {clip.fps for clip in drawn} == {4}
+    assert 4 < sum("background" in clip.caption for clip in drawn) < 20            # only Shapes name one
+    assert mixed.batch(3, generator)[0].shape == (3, 3, 5, 32, 48) and "Photographs" in repr(mixed)
+    assert len(world_of(str(clips), 32, 32, 5).files) == 2
+    for wrong in ("circles", "shapes+circles", str(tmp_path / "nowhere"), ""):
+        with pytest.raises(ValueError, match="no world is called"):
+            world_of(wrong)

@@ -109,6 +109,8 @@ def _member(rank: int, world: int, port: int, model: dict, grid: Grid, batch: in
     ours = Ours(grid, **model).train()
     step = training_step(DistributedDataParallel(ours) if world > 1 else ours, grid, batch, torch.device("cpu"))
     step(), step()
+    with peak_memory(torch.device("cpu")) as memory:
+        step()
     times = []
     for _ in range(rounds):
         dist.barrier()
@@ -118,7 +120,7 @@ def _member(rank: int, world: int, port: int, model: dict, grid: Grid, batch: in
         times.append(time.perf_counter() - begun)
     sent = torch.cat([p.detach().flatten() for p in ours.parameters()]).double().sum()
     # not by all_gather: DDP frees the process group while it holds the GIL, for which gloo waits to drop what it gathered
-    box.put((rank, float(sent), times))
+    box.put((rank, float(sent), times, memory["mb"]))
     dist.destroy_process_group()
 
 
@@ -127,7 +129,7 @@ def processes(counts: list[int], *, model: dict, grid: Grid, batch: int, rounds:
     """Step time with one process for all cores, and with several that share them (DDP over gloo), each with its own
     batch. On a GPU machine this row says nothing about GPUs, and is left out. patience: seconds after which processes
     that wait for each other are ended, with a TimeoutError."""
-    rows, times, parts = [], {k: [] for k in counts}, max(1, min(3, rounds // 4))
+    rows, times, held, parts = [], {k: [] for k in counts}, {}, max(1, min(3, rounds // 4))
     context = mp.get_context("spawn")
     for part in range(parts):               # in turn, as everywhere
         for k in counts:
@@ -144,14 +146,15 @@ def processes(counts: list[int], *, model: dict, grid: Grid, batch: int, rounds:
                         process.join()
                     raise TimeoutError(f"{k} processes did not end within {patience:g} seconds and were stopped")
             said = sorted(box.get() for _ in range(k))
-            if len({sent for _, sent, _ in said}) > 1:
+            if len({sent for _, sent, *_ in said}) > 1:
                 raise RuntimeError(f"{k} processes ended with different weights: their gradients were not averaged")
             times[k] += said[0][2]
+            held[k] = max(held.get(k, 0.0), sum(mb for *_, mb in said))
             print(f"\rprocesses: {k} of {counts}, part {part + 1} of {parts}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     for k in counts:
         rows.append({"processes": k, "threads each": max(1, cores // k), "ms a step": spread(1000 * s for s in times[k]),
-                     "clips a second": spread(k * batch / s for s in times[k])})
+                     "clips a second": spread(k * batch / s for s in times[k]), "memory of all, MB": held[k]})
     line = []
     if len(counts) > 1:
         first, last = rows[0]["clips a second"], rows[-1]["clips a second"]
@@ -164,7 +167,14 @@ def processes(counts: list[int], *, model: dict, grid: Grid, batch: int, rounds:
         elif counts[-1] <= cores and first["q1"] > last["q3"]:
             line[0] += ": the exchange of gradients costs more than separate processes save"
         line[0] += "."
-    columns = {"processes": "d", "threads each": "d", "ms a step": ".4g", "clips a second": ".3g"}
+        grows = lambda at_first, at_last: math.log(at_last / at_first) / math.log(counts[-1] / counts[0])
+        said = (f"processes: time grows as their number to the power of "
+                f"{grows(*(rows[i]['ms a step']['median'] for i in (0, -1))):.2f}, operations as 1 (each has a batch of its own, "
+                f"and the cores stay the same)")
+        if min(held.values()) > 0:
+            said += f"; memory above the weights as {grows(held[counts[0]], held[counts[-1]]):.2f}"
+        line.append(said + ".")
+    columns = {"processes": "d", "threads each": "d", "ms a step": ".4g", "clips a second": ".3g", "memory of all, MB": ".4g"}
     return dict(title="Processes (DDP, gloo; each with a batch of its own)", columns=columns, rows=rows), line
 
 
