@@ -174,7 +174,7 @@ CARDS = {
         "13,320 clips of 101 actions", "6.9 GB", "none stated; the films are YouTube's users'",
         "https://www.crcv.ucf.edu/data/UCF101.php",
         "curl -O https://www.crcv.ucf.edu/data/UCF101/UCF101.rar and, for the lists, "
-        "https://www.crcv.ucf.edu/data/UCF101/UCF101TrainTestSplits-RecognitionTask.zip",
+        "https://www.crcv.ucf.edu/data/UCF101/UCF101TrainTestSplits-RecognitionTask.zip; then unrar x the one and unzip the other",
         "UCF-101/<Class>/*.avi, ucfTrainTestlist/*.txt", ucf101),
     "Something-Something v2": Card(
         "220,847 clips of hands and things", "about 20 GB", "for research only, under an agreement on the set's page",
@@ -185,7 +185,7 @@ CARDS = {
         "about a million clips with long captions", "186 archives, the two looked up of 36 and 37 GB: some 7 TB",
         "CC BY 4.0 as its page says; each film keeps its own",
         "https://huggingface.co/datasets/nkp37/OpenVid-1M",
-        "hf download nkp37/OpenVid-1M --repo-type dataset; those in pieces: cat OpenVid_part96_part* > OpenVid_part96.zip; "
+        "hf download nkp37/OpenVid-1M --repo-type dataset --local-dir . ; those in pieces: cat OpenVid_part96_part* > OpenVid_part96.zip; "
         "then unzip -j OpenVid_part0.zip -d video, and so on",
         "data/train/OpenVid-1M.csv, video/*.mp4", openvid),
     "Panda-70M": Card(

@@ -127,6 +127,14 @@ def _same_making(shard: str | Path, found: dict, made: dict) -> None:
         raise ValueError(f"{shard} was made otherwise ({'; '.join(differ)}): delete it, or choose another folder")
 
 # %% ../notebooks/16_scale.ipynb #50180f87
+def _options_of(source) -> dict:
+    """The plain settings of a world, and of the worlds that it mixes."""
+    plain = {key: value for key, value in getattr(source, "__dict__", {}).items()
+             if isinstance(value, (str, int, float, tuple, Path))}
+    mixed = [_options_of(world) for world in getattr(source, "worlds", ())]
+    return plain | ({"worlds": mixed} if mixed else {})
+
+
 def write_shards(folder: str | Path, source, vae: str | Path, *, clips: int | None = None, per_shard: int = 256,
                  seed: int = 0, share: tuple[int, int] = (0, 1), jobs: int | None = None, device="cpu") -> list[Path]:
     """Code clips of a source into shards `shard-000000.tar`, ... in a folder; returns those of this share.
@@ -142,9 +150,7 @@ def write_shards(folder: str | Path, source, vae: str | Path, *, clips: int | No
                          + (" (a world has no end: say how many clips)" if total is None else ""))
     if hasattr(source, "__len__"):
         total = min(total, len(source))
-    plain = {key: value for key, value in getattr(source, "__dict__", {}).items()
-             if isinstance(value, (str, int, float, tuple))}
-    made = dict(world=repr(source), options=plain, vae=fingerprint(Path(vae)), seed=seed, per_shard=per_shard)
+    made = dict(world=repr(source), options=_options_of(source), vae=fingerprint(Path(vae)), seed=seed, per_shard=per_shard)
     made = json.loads(json.dumps(made, default=str))                        # as an index gives it back
     wanted = {folder / f"shard-{start // per_shard:06d}.tar": range(start, min(start + per_shard, total))
               for start in range(0, total, per_shard)}

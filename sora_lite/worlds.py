@@ -388,17 +388,18 @@ def known_world(name: str) -> bool:
 
 
 def world_of(name: str, height: int = 64, width: int = 64, frames: int = 17, *, fps: float = 8, seed: int = 0,
-             keep: str | Path = "runs"):
-    """The world of that name: shapes (one or two figures), crafter (played on first use, kept in `keep`/crafter),
+             pillar: float = 0.0, keep: str | Path = "runs"):
+    """The world of that name: shapes (one or two figures, a share `pillar` of them behind a pillar), crafter (played on first use, kept in `keep`/crafter),
     photographs, several joined by + as a `Mixture`, or a folder of videos. ValueError for any other."""
     size = dict(height=height, width=width, frames=frames, fps=fps)
     if not known_world(name):
         raise ValueError(f"no world is called {name!r}: there are {', '.join(WORLDS)}, several of them joined by +, or "
                          f"the path of a folder of videos")
     if "+" in name and not Path(name).is_dir():
-        return Mixture(world_of(part, height, width, frames, fps=fps, seed=seed, keep=keep) for part in name.split("+"))
+        return Mixture(world_of(part, height, width, frames, fps=fps, seed=seed, pillar=pillar, keep=keep)
+                       for part in name.split("+"))
     if name == "shapes":
-        return Shapes(objects=(1, 2), **size)
+        return Shapes(objects=(1, 2), pillar=pillar, **size)
     if name == "crafter":
         return Crafter(Path(keep) / "crafter", seed=seed, **size)
     return Photographs(**size) if name == "photographs" else Folder(name, **size)
