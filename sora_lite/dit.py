@@ -219,15 +219,18 @@ class DiT(nn.Module, Pretrained):
         them up, both at matrix speed)."""
         clip = torch.arange(len(lengths), device=t.device).repeat_interleave(
             torch.tensor(lengths, device=t.device))
-        pairs, index = torch.unique(clip + t.double() / 2, return_inverse=True)  # t <= 1: pairs stay apart
+        on = torch.device("cpu") if t.device.type == "mps" else t.device        # MPS has no float64
+        pairs, index = torch.unique(clip.to(on) + t.to(on).double() / 2, return_inverse=True)  # t <= 1: pairs stay apart
         owner = pairs.long()
+        own_level = ((pairs - owner) * 2).float().to(t.device)
+        owner, index = owner.to(t.device), index.to(t.device)
         features, counts = words
         row = torch.arange(len(counts), device=t.device).repeat_interleave(
             torch.tensor(counts, device=t.device))
         total = features.new_zeros(len(counts), features.shape[1]).index_add_(0, row, features)
         # one word hardly moves a mean of sixteen: eight times it is learned from much sooner
         mean = 8 * total / torch.tensor(counts, device=t.device)[:, None]
-        level = self.level(level_features(((pairs - owner) * 2).float()))
+        level = self.level(level_features(own_level))
         return F.silu(level + self.pool(mean)[owner]), F.one_hot(index, len(pairs)).to(level.dtype)
 
     def forward(self, tokens: Tensor, t: Tensor, coords: Tensor, lengths: list[int], words: Words) -> Tensor:

@@ -36,7 +36,7 @@ PROFILES = ("smoke", "toy", "colab", "gpu", "cluster")
 COLORS = {"ink": "#22303C", "muted": "#8A97A3", "accent": "#0F6FB4", "blue": "#0F6FB4", "orange": "#D9660A",
           "green": "#12805C", "pink": "#B5508C", "sky": "#4AA3D9", "gold": "#A9820C"}
 SERIES = [COLORS[name] for name in ("blue", "orange", "green", "pink", "sky", "gold")]
-_profile = "toy"
+_profile, _device = "toy", torch.device("cpu")              # of this run, as `start` was told
 
 
 def require(condition: bool, sentence: str) -> None:
@@ -60,7 +60,7 @@ def style() -> None:
 
 def start(profile: str, seed: int, device: str = "cpu") -> torch.device:
     """Check profile and device, seed everything, set the style; returns the device."""
-    global _profile
+    global _profile, _device
     require(profile in PROFILES, f"profile {profile!r} is unknown: choose one of {', '.join(PROFILES)}")
     require(isinstance(seed, int) and seed >= 0, f"seed must be a whole number from 0 up, got {seed!r}")
     require(device != "cuda" or torch.cuda.is_available(),
@@ -68,12 +68,12 @@ def start(profile: str, seed: int, device: str = "cpu") -> torch.device:
     require(device != "mps" or torch.backends.mps.is_available(),
             "device is 'mps' but PyTorch sees no Apple GPU: set device='cpu'")
     require(device in ("cpu", "cuda", "mps"), f"device {device!r} is unknown: choose cpu, cuda or mps")
-    _profile = profile
+    _profile, _device = profile, torch.device(device)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
     style()
-    return torch.device(device)
+    return _device
 
 
 def root() -> Path:
@@ -111,7 +111,10 @@ def _commit() -> str:
 def ledger(chapter: str, what: str, *, seconds: float, **figures) -> dict:
     """Append a row to the run's ledger.jsonl and return it."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)  # KiB
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    device = {"cuda": torch.cuda.get_device_name, "mps": lambda: "Apple GPU"}.get(
+        _device.type, lambda: f"CPU, {os.cpu_count()} cores")()
+    if _device.type == "cuda":
+        figures["peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 1024**3
     row = dict(chapter=chapter, what=what, seconds=round(seconds, 1),
                **{k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()},
                peak_gb=round(peak / 1024**2, 2), device=device, torch=torch.__version__, profile=_profile,
@@ -247,12 +250,12 @@ def cached_each(name: str, make: Callable[..., object], settings: dict, /, **key
     """`cached` for each of several settings: {label: `make(**setting)`}, from {label: setting}.
 
     A setting counts as part of the `key`. Those not yet made are made side by side, at most four, in processes that
-    share the CPU's cores; each is written down as soon as it is there. With a GPU they are made here, in turn.
+    share the CPU's cores; each is written down as soon as it is there. On a GPU they are made here, in turn.
     """
     path_of = lambda setting: cache_path(name, make, **setting, **key).with_suffix(".safetensors")
     paths = {label: path_of(setting) for label, setting in settings.items()}
     todo = {paths[label]: setting for label, setting in settings.items() if not paths[label].is_file()}
-    cores = 1 if torch.cuda.is_available() else joblib.cpu_count()
+    cores = joblib.cpu_count() if _device.type == "cpu" else 1
     jobs = max(1, min(len(todo), cores, 4))
     work = [joblib.delayed(lambda path, setting: (path, make(**setting)))(path, setting) for path, setting in todo.items()]
     with warnings.catch_warnings(), nullcontext() if jobs == 1 else joblib.parallel_config(

@@ -59,8 +59,9 @@ def unpatchify(tokens: Tensor, grid: Grid, patch: Grid = (1, 2, 2)) -> Tensor:
 def rope(coords: Tensor, dim: int, theta: float = 100.0) -> tuple[Tensor, Tensor]:
     """Cosines and sines `[N, dim / 2]` of 3-D rotary positions for coordinates `[N, 3]`.
 
-    h and w turn 3/8 of the channel pairs each, t the rest. theta: how much slower than one radian
-    per patch the slowest pair turns; our grids are tens of patches long, not thousands of words.
+    h and w turn 3/8 of the channel pairs each, t the rest. theta: the slowest of n pairs turns
+    theta ** ((n - 1) / n) times slower than one radian per patch, nearly theta for many pairs and 10 to 22 times for
+    the 2 and 3 pairs of chapter 5's heads; our grids are tens of patches long, not thousands of words.
     ValueError for an odd dim. Source: RoFormer (Su 2021), eq. 34, one axis at a time.
     """
     if dim % 2:
