@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sora_lite import lab
 from sora_lite import vae as vae_module
 from sora_lite.shapes import Shapes
 from sora_lite.vae import BOTTLENECKS, FSQ, VideoVAE, psnr
@@ -98,7 +99,8 @@ def test_the_chapter_counts_its_cost_on_the_device_that_trains():
     """The "meta" device stands in for a GPU: like there, tensors of two devices do not mix."""
     notebook = nbformat.read(Path(__file__).parent.parent / "notebooks" / "02_compression.ipynb", 4)
     cell = next(c.source for c in notebook.cells if "get_total_flops" in c.source)
-    scope = dict(vars(vae_module), Shapes=Shapes, vae=VideoVAE(), batch_size=1, train_steps=1, run_device=torch.device("meta"))
+    scope = dict(vars(vae_module), lab=lab, vae=VideoVAE(), batch_size=1, train_steps=1, train_on="shapes", seed=0,
+                 run_device=torch.device("meta"))
     exec(cell, scope)
     assert scope["flops"] > 1e9
 
