@@ -19,6 +19,8 @@ import papermill
 import yaml
 from papermill.engines import NBClientEngine, papermill_engines
 
+from sora_lite.video import write_atomically
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 
@@ -82,16 +84,6 @@ def stored_mark(path: Path) -> str | None:
         return None
 
 
-def write_whole(nb: nbformat.NotebookNode, path: Path) -> None:
-    """Write a notebook; a kill or a full disk leaves what was there."""
-    beside = path.with_suffix(".part")
-    try:
-        nbformat.write(nb, beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def fingerprint(path: Path, values: dict, folder: Path) -> str:
     """What a result depends on: the notebook's sources, its parameters, the package, and the run's earlier chapters."""
     earlier = [p.name for p in chapters()]
@@ -126,7 +118,7 @@ def clean(path: Path, mark: str) -> None:
             cell.metadata.pop(key, None)
         if cell.cell_type == "code":
             cell.outputs = tidy(cell.outputs)
-    write_whole(nb, path)
+    write_atomically(path, lambda beside: nbformat.write(nb, beside))
 
 
 def execute(path: Path, out: Path, values: dict, profile_dir: Path) -> float:

@@ -6,7 +6,8 @@ import argparse
 
 import nbformat
 
-from run import ROOT, chapters, write_whole
+from run import ROOT, chapters
+from sora_lite.video import write_atomically
 
 
 def store(path, run) -> str:
@@ -23,7 +24,7 @@ def store(path, run) -> str:
             for out in cell.outputs:
                 if "execution_count" in out:
                     out.execution_count = None
-    write_whole(nb, path)
+    write_atomically(path, lambda beside: nbformat.write(nb, beside))
     return "stored"
 
 

@@ -171,7 +171,7 @@ class Card:
 
 CARDS = {
     "UCF-101": Card(
-        "13,320 clips of 101 actions", "6.9 GB", "none stated; the films are YouTube's users'",
+        "13,320 clips of 101 actions", "6.9 GB", "see the set's page, we found none stated; the films are YouTube's users'",
         "https://www.crcv.ucf.edu/data/UCF101.php",
         "curl -O https://www.crcv.ucf.edu/data/UCF101/UCF101.rar and, for the lists, "
         "https://www.crcv.ucf.edu/data/UCF101/UCF101TrainTestSplits-RecognitionTask.zip; then unrar x the one and unzip the other",
@@ -195,7 +195,7 @@ CARDS = {
         'video2dataset (the set\'s own) --url_list="<csv>" --url_col="url" --caption_col="caption" '
         '--clip_col="timestamp" --output_folder="<folder>" ...', "<folder>/00000/*.mp4 with *.txt, *.json", panda70m),
     "Moving MNIST": Card(
-        "10,000 clips of 20 frames, 64×64", "819 MB", "none stated",
+        "10,000 clips of 20 frames, 64×64", "819 MB", "see the set's page, we found none stated",
         "https://www.cs.toronto.edu/~nitish/unsupervised_video/",
         "curl -O http://www.cs.toronto.edu/~nitish/unsupervised_video/mnist_test_seq.npy", "mnist_test_seq.npy",
         MovingMNIST),

@@ -30,7 +30,7 @@ from .text import TextEncoder
 from .train import compiled, fit
 from .vae import VideoVAE
 from .video import write_atomically
-from .worlds import WORLDS, known_world, world_of
+from .worlds import check_world, world_of
 
 if __name__ != "__main__":  # in the chapter these are in scope already, perhaps changed by the reader
     from sora_lite.crew import Crew, accelerator, in_shards, recomputed, whole_state
@@ -129,8 +129,8 @@ def check(settings: Settings, processes: int = 1) -> None:
         raise ValueError(f"{s.parts} parts cannot be shared evenly among {processes} processes: make parts a multiple "
                          f"of {processes}")
     ready = any(Path(s.data).glob("shard-*.tar"))
-    if not ready and not known_world(s.data):
-        raise ValueError(f"setting data must be {', '.join(WORLDS)}, several of them joined by +, or a folder, got {s.data!r}")
+    if not ready:
+        check_world(s.data, "setting data")
     shards = len(shards_in(s.data)) if ready else math.ceil(s.clips / s.per_shard)
     if shards < s.parts:
         raise ValueError(f"{s.parts} parts need as many shards, but there are {shards}: take fewer parts, or smaller "

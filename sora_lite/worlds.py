@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['ACTIONS', 'DEEDS', 'PHOTOGRAPHS', 'MOVES', 'SUFFIXES', 'WORLDS', 'World', 'record_crafter', 'crafter_caption',
-           'Crafter', 'photograph', 'window', 'Photographs', 'read_captions', 'Folder', 'Mixture', 'known_world',
+           'Crafter', 'photograph', 'window', 'Photographs', 'read_captions', 'Folder', 'Mixture', 'check_world',
            'world_of']
 
 # %% ../notebooks/01_worlds.ipynb #498e17d3
@@ -297,6 +297,7 @@ class Folder(World):
             raise ValueError(f"height and width go together, got {height} and {width}")
         self.height, self.width, self.frames = height, width, frames
         self.fps, self.seconds = fps, seconds
+        self.captions = read_captions(self.folder)
         self.files: dict[Path, dict] = {}
         self.bad: dict[Path, str] = {}
         found = sorted(p for p in self.folder.rglob("*")
@@ -304,12 +305,7 @@ class Folder(World):
         for path in tqdm(found, desc=f"looking at {self.folder.name}", disable=len(found) < 50):
             try:
                 self.files[path] = probe(path)
-            except (ValueError, OSError) as error:
-                self._leave_out(path, error)
-        self.captions = read_captions(self.folder)
-        for path in list(self.files):
-            try:
-                self.caption(path)
+                self.caption(path)                             # one that cannot be read is named now, not in mid-training
             except (ValueError, OSError) as error:
                 self._leave_out(path, error)
         self._insist()
@@ -382,19 +378,19 @@ class Mixture(World):
         return self.worlds[_pick(len(self.worlds), generator)].sample(generator)
 
 
-def known_world(name: str) -> bool:
-    """Whether `world_of` can find it: names of `WORLDS` joined by +, or a folder."""
-    return bool(name) and (set(name.split("+")) <= set(WORLDS) or Path(name).is_dir())
+def check_world(name: str, called: str = "the world") -> None:
+    """ValueError, about a parameter or setting so `called`, for a name that `world_of` would not find."""
+    if not name or not (set(name.split("+")) <= set(WORLDS) or Path(name).is_dir()):
+        raise ValueError(f"{called} must be {', '.join(WORLDS)}, several of them joined by +, or a folder of videos, "
+                         f"got {name!r}")
 
 
 def world_of(name: str, height: int = 64, width: int = 64, frames: int = 17, *, fps: float = 8, seed: int = 0,
              pillar: float = 0.0, keep: str | Path = "runs"):
     """The world of that name: shapes (one or two figures, a share `pillar` of them behind a pillar), crafter (played on first use, kept in `keep`/crafter),
     photographs, several joined by + as a `Mixture`, or a folder of videos. ValueError for any other."""
+    check_world(name)
     size = dict(height=height, width=width, frames=frames, fps=fps)
-    if not known_world(name):
-        raise ValueError(f"no world is called {name!r}: there are {', '.join(WORLDS)}, several of them joined by +, or "
-                         f"the path of a folder of videos")
     if "+" in name and not Path(name).is_dir():
         return Mixture(world_of(part, height, width, frames, fps=fps, seed=seed, pillar=pillar, keep=keep)
                        for part in name.split("+"))

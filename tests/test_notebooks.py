@@ -47,7 +47,8 @@ NUMBERS = [(name, key) for name in ("00_overview", "01_worlds", "02_compression"
                                     "07_sizes", "08_language", "09_edit", "10_blend", "11_rollout")
            for key, value in run.declared(ROOT / "notebooks" / f"{name}.ipynb").items()
            if isinstance(value, (int, float)) and not isinstance(value, bool) and key != "seed"]
-LISTS = [("05_dit", "width", 0), ("05_dit", "depth", 0), ("06_scaling", "sizes", [[24, 2], [30, 2], [48, 2]]), ("06_scaling", "sizes", [[24, 2], [32, 0], [48, 2]]),
+LISTS = [("05_dit", "width", 0), ("05_dit", "depth", 0),
+         ("06_scaling", "sizes", [[24, 2], [30, 2], [48, 2]]), ("06_scaling", "sizes", [[24, 2], [32, 0], [48, 2]]),
          ("06_scaling", "budgets", [0.5, 0.25]), ("06_scaling", "figure_ratios", []), ("06_scaling", "figure_ratios", [2, 4])]
 
 

@@ -257,5 +257,5 @@ def test_a_mixture_draws_on_all_its_worlds_and_a_world_is_found_by_name(clips, t
     assert mixed.batch(3, generator)[0].shape == (3, 3, 5, 32, 48) and "Photographs" in repr(mixed)
     assert len(world_of(str(clips), 32, 32, 5).files) == 2
     for wrong in ("circles", "shapes+circles", str(tmp_path / "nowhere"), ""):
-        with pytest.raises(ValueError, match="no world is called"):
+        with pytest.raises(ValueError, match="the world must be shapes, crafter, photographs, several"):
             world_of(wrong)
