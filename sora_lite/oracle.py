@@ -182,22 +182,23 @@ def read(video: Tensor) -> dict:
 ATTRIBUTES = ("background", "count", "color", "shape", "size", "motion")
 
 
-def score(scene: dict, reading: dict) -> dict[str, bool]:
-    """Whether each attribute was read as the scene has it; `all` is their conjunction."""
+def score(scene: dict, reading: dict, where: bool = False) -> dict[str, bool]:
+    """Whether each attribute was read as the scene has it; `all` is their conjunction. where: the place at which a
+    figure starts, which only a descriptive caption names, is one of them."""
     found = {thing["color"]: thing for thing in reading["objects"]}
     pairs = [(thing, found.get(thing["color"])) for thing in scene["objects"]]
     out = dict(background=scene["background"] == reading["background"],
                count=len(scene["objects"]) == len(reading["objects"]),
                color=all(seen is not None for _, seen in pairs))
-    for key in ("shape", "size", "motion"):
+    for key in ("shape", "size", "motion") + ("place",) * where:
         out[key] = all(seen is not None and seen[key] == thing[key] for thing, seen in pairs)
     out["all"] = all(out.values())
     return out
 
 
-def fidelity(scenes: list[dict], videos: Tensor) -> dict[str, float]:
-    """Share of clips `[B, 3, T, H, W]` in which each attribute, and all of them, are read right."""
+def fidelity(scenes: list[dict], videos: Tensor, where: bool = False) -> dict[str, float]:
+    """Share of clips `[B, 3, T, H, W]` in which each attribute, and all of them, are read right (as `score` has them)."""
     if len(scenes) != len(videos):
         raise ValueError(f"{len(scenes)} scenes for {len(videos)} clips: they must be as many")
-    rows = [score(scene, read(video)) for scene, video in zip(scenes, videos)]
+    rows = [score(scene, read(video), where) for scene, video in zip(scenes, videos)]
     return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}

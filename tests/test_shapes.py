@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sora_lite import oracle
-from sora_lite.shapes import (BACKGROUNDS, COLORS, LEVELS, MOTIONS, SHAPES, SIZES, Shapes, caption, coverage,
-                              held_out, vocabulary)
+from sora_lite.shapes import (BACKGROUNDS, COLORS, LEVELS, MOMENTS, MOTIONS, SHAPES, SIZES, Shapes, caption, coverage,
+                              held_out, moment, vocabulary)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -63,19 +63,57 @@ def test_same_seed_same_clip_and_time_stretches():
 
 
 def test_captions_name_the_state():
-    scene = dict(background="navy", pillar=True, passes=[(1, 0)], objects=[
+    scene = dict(background="navy", pillar=True, passes=[(1, 0, "late"), (None, 0, None)], objects=[
         dict(shape="ring", color="orange", size="small", motion="left", place="upper left"),
         dict(shape="star", color="red", size="large", motion="still", place="center")])
     assert caption(scene, "terse") == "an orange ring and a red star"
     assert caption(scene) == ("a small orange ring moves left and a large red star stays still on a navy "
                               "background with a pillar")
-    assert caption(scene, "descriptive").endswith(", the red star passes before the orange ring")
+    assert caption(scene, "descriptive").endswith(", the red star passes before the orange ring late, "
+                                                  "the orange ring passes behind the pillar")
     with pytest.raises(ValueError, match="caption level"):
         caption(scene, "poetic")
 
 
+def test_moments():
+    at = lambda *frames: moment(torch.tensor([i in frames for i in range(12)]))
+    assert [at(0), at(5, 6), at(11), at(3, 8), at(*range(2, 10))] == ["early", "halfway", "late", "halfway", "throughout"]
+    assert moment(torch.tensor([True])) is None, "an image has no when"
+
+
+def test_what_passes_is_what_is_seen_to_touch(generator):
+    """Whoever passes before another touches it at that moment; whoever passes behind the pillar is less to be seen."""
+    world = Shapes(objects=(2, 2), pillar=0.5)
+    cast = world.cast(64, generator)
+    scenes, bare = world.scenes(cast), world.render(cast | dict(pillar=torch.zeros(64, dtype=torch.bool)))
+    changed = (world.render(cast) - bare).abs().amax(1)                 # where the pillar is drawn [n, T, H, W]
+    told = [p for s in scenes for p in s["passes"]]
+    assert {when for *_, when in told} == set(MOMENTS) and {None, 0, 1} >= {front for front, *_ in told}
+    for scene, center, radius, wood in zip(scenes, cast["center"], cast["radius"], changed):
+        assert scene["pillar"] == bool(wood.any()), "the pillar is drawn where it is told"
+        apart = (center[0] - center[1]).norm(dim=-1) / radius.sum()
+        touching = {(1, 0)} if apart.min() < 0.8 else set()
+        assert {p[:2] for p in scene["passes"] if p[0] is not None} == touching
+        for front, back, when in scene["passes"]:
+            if front is not None and when in ("early", "late"):
+                third = apart[:6] if when == "early" else apart[11:]
+                assert third.min() < 0.8, "when it is told, it happens"
+        behind = {back for front, back, _ in scene["passes"] if front is None}
+        assert scene["pillar"] or not behind
+        for i in range(2) if scene["pillar"] else []:
+            crosses = ((center[i, :, 0] - 32).abs() < 5).any()        # its centre is behind the wood
+            assert i in behind or not crosses
+
+
+def test_levels_are_drawn_as_often(generator):
+    world = Shapes(frames=1, height=16, width=16, level="ordinary+descriptive")
+    texts = world.batch(600, generator)[1]
+    assert 0.44 < sum(" in the " in text for text in texts) / 600 < 0.56
+    assert {len(text.split()) for text in Shapes(frames=1, level="terse").batch(4, generator)[1]} == {3}
+
+
 @pytest.mark.parametrize("options", [dict(height=8), dict(frames=0), dict(objects=(0, 1)), dict(objects=(2, 4)),
-                                     dict(split="dev"), dict(level="poetic")])
+                                     dict(split="dev"), dict(level="poetic"), dict(level="ordinary+poetic")])
 def test_impossible_worlds(options):
     with pytest.raises(ValueError, match="got"):
         Shapes(**options)
