@@ -33,7 +33,7 @@ def invert(pipe: SoraLite, latents: Tensor, prompts: list[str | None], strength:
     return (noisy - (1 - strength) * tokens) / strength
 
 
-def sdedit(pipe: SoraLite, clip: Source, prompt: str | None | list[str | None], *, strength: float = 0.85,
+def sdedit(pipe: SoraLite, clip: Source, prompt: str | None | list[str | None], *, strength: float = 0.7,
            source_prompt: str | list[str] | None = None, **how) -> Tensor:
     """A clip made anew `[B, 3, T, H, W]` from itself under noise of level `strength`, as another prompt says.
 

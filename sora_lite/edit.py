@@ -356,7 +356,7 @@ def outpaint(pipe: SoraLite, clip: Source, prompt: str | None | list[str | None]
 
 # %% ../notebooks/09_edit.ipynb #194694f4
 def interpolate(pipe: SoraLite, clip: Source, prompt: str | None | list[str | None], *, factor: int = 4,
-                strength: float = 0.85, **how) -> Tensor:
+                strength: float = 0.7, **how) -> Tensor:
     """A clip of n frames as one of 1 + factor (n - 1), `[B, 3, T, H, W]`: frames are made between its frames.
 
     A cross-fade is coded, and all but its first latent frame made anew with `strength`. The known frames are then put

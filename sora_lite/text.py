@@ -73,16 +73,16 @@ class TextBlock(nn.Module):
 class TextEncoder(nn.Module, Pretrained):
     """Captions to features: one `[M, width]` for all words, end to end, and how many each caption has.
 
-    Captions are filled with blanks (word 0) to a multiple of `FILL` words; the blanks are seen like words.
+    Captions are filled with blanks (word 0) to a multiple of `fill` words; the blanks are seen like words. As long as no
+    caption is longer than `fill`, all are of one length, and what is compiled for one batch holds for the next.
     """
     rim = ("embed",)
-    FILL = 16
 
-    def __init__(self, words: list[str], width: int = 96, depth: int = 2, heads: int = 3):
+    def __init__(self, words: list[str], width: int = 96, depth: int = 2, heads: int = 3, fill: int = 16):
         super().__init__()
         self.vocabulary = Vocabulary(words)
-        self.config = dict(words=self.vocabulary.words, width=width, depth=depth, heads=heads)
-        self.width, self.heads = width, heads
+        self.config = dict(words=self.vocabulary.words, width=width, depth=depth, heads=heads, fill=fill)
+        self.width, self.heads, self.fill = width, heads, fill
         self.embed = nn.Embedding(len(self.vocabulary), width)
         nn.init.normal_(self.embed.weight, std=0.5)
         self.blocks = nn.ModuleList(TextBlock(width, heads) for _ in range(depth))
@@ -90,7 +90,7 @@ class TextEncoder(nn.Module, Pretrained):
 
     def forward(self, captions: list[str | None]) -> tuple[Tensor, list[int]]:
         numbers = [self.vocabulary.encode(caption) for caption in captions]
-        numbers = [n + [0] * (-len(n) % self.FILL) for n in numbers]
+        numbers = [n + [0] * (-len(n) % self.fill) for n in numbers]
         lengths = [len(n) for n in numbers]
         device = self.embed.weight.device
         x = self.embed(torch.tensor([i for n in numbers for i in n], device=device))
