@@ -198,6 +198,17 @@ def test_the_vocabulary_holds_every_caption(generator):
                 assert words.encode(caption(scene, level))
 
 
+def test_captions_that_fit_are_of_one_length(tmp_path):
+    """So that a compiled block meets the same lengths in every batch."""
+    text = TextEncoder(vocabulary(), width=32, depth=1, heads=2, fill=48)
+    scene = dict(background="navy", pillar=False, passes=[(1, 0, "late")], objects=[
+        dict(shape="ring", color="orange", size="medium", motion="bounce-x", place="middle right"),
+        dict(shape="star", color="red", size="large", motion="bounce-y", place="upper center")])
+    assert text([None, caption(scene), caption(scene, "descriptive")])[1] == [48, 48, 48]
+    again = TextEncoder.from_pretrained(text.save_pretrained(tmp_path / "text"))
+    assert again([None])[1] == [48], "the weights know how far captions were filled"
+
+
 def test_bad_prompts_are_refused_with_a_hint():
     words = Vocabulary(vocabulary())
     with pytest.raises(ValueError, match="'circel'.*circle"):
