@@ -220,7 +220,7 @@ def statements(text: str, tied: bool = True) -> dict[str, set[str]]:
     """What a caption of the Shapes world states, by kind (`KINDS`); what it leaves open is an empty set.
 
     tied: where there are several figures, each attribute is tied to its figure's colour. A "figure" has no
-    shape.
+    shape. What follows a comma (what passes before what, and when) is not counted.
     """
     text = text.split(",")[0]
     things = [m.groups() for m in _THING.finditer(text)]
