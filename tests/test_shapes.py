@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sora_lite import oracle
-from sora_lite.shapes import (BACKGROUNDS, COLORS, LEVELS, MOMENTS, MOTIONS, SHAPES, SIZES, Shapes, caption, coverage,
-                              held_out, moment, vocabulary)
+from sora_lite.shapes import (BACKGROUNDS, COLORS, LEVELS, MOMENTS, MOTIONS, PLACES, SHAPES, SIZES, Shapes, caption,
+                              coverage, held_out, moment, vocabulary)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -103,6 +103,16 @@ def test_what_passes_is_what_is_seen_to_touch(generator):
         for i in range(2) if scene["pillar"] else []:
             crosses = ((center[i, :, 0] - 32).abs() < 5).any()        # its centre is behind the wood
             assert i in behind or not crosses
+
+
+def test_the_place_counts_where_it_was_named():
+    clip = Shapes().sample(seeded(5))
+    reading = oracle.read(clip.video)
+    elsewhere = next(p for p in PLACES if p != reading["objects"][0]["place"])
+    moved = reading | dict(objects=[reading["objects"][0] | dict(place=elsewhere)])
+    assert oracle.score(clip.state, reading, where=True)["all"] and oracle.score(clip.state, moved)["all"]
+    wrong = oracle.score(clip.state, moved, where=True)
+    assert not wrong["place"] and not wrong["all"] and wrong["motion"]
 
 
 def test_levels_are_drawn_as_often(generator):
