@@ -87,11 +87,12 @@ def flow_loss(model: Denoiser, batch: tuple[list[Tensor], list[str]], generator:
     x0 = torch.cat([tokens.flatten(0, 1) for tokens, _ in same])
     coords = [at for tokens, at in same for _ in tokens]
     lengths = [len(at) for at in coords]
-    device = x0.device
-    given = torch.cat([draw_mask(at.cpu(), tuple(n // p for n, p in zip(shape[1:], patch)), generator)
-                       if coin[1, i] < masked else torch.zeros(len(at), dtype=torch.bool)
-                       for at, shape, i in zip(coords, shapes, order)]).to(device)
-    shifts = [shift_for_tokens(len(at), CLIP_BASE if at[-1, 0] else BASE) for at in coords]
+    device, hidden = x0.device, (coin[1] < masked).tolist()
+    grids = {shape: tuple(n // p for n, p in zip(shape[1:], patch)) for shape in shapes}
+    places = {shape: coordinates(grid) for shape, grid in grids.items()}          # masks are drawn on the CPU
+    given = torch.cat([draw_mask(places[shape], grids[shape], generator) if hidden[i]
+                       else torch.zeros(n, dtype=torch.bool) for shape, n, i in zip(shapes, lengths, order)]).to(device)
+    shifts = [shift_for_tokens(n, CLIP_BASE if grids[shape][0] > 1 else BASE) for shape, n in zip(shapes, lengths)]
     times = torch.cat([shift_times(t, shift).expand(n) for t, shift, n in zip(
         sample_times(len(lengths), generator, spread=SPREAD), shifts, lengths)]).to(device)
     times = torch.where(given, 0.0, times)
@@ -243,8 +244,8 @@ def encode_world(vae: VideoVAE, world: Shapes, n: int, seed: int, *, batch: int 
     generator, device = torch.Generator().manual_seed(seed), next(vae.parameters()).device
     latents, captions = [], []
     for start in tqdm(range(0, n, batch), desc=desc, mininterval=2):
-        video, texts = world.batch(min(batch, n - start), generator)
+        video, texts = world.batch(min(batch, n - start), generator, device)
         with torch.autocast(device.type, torch.bfloat16):
-            latents.append(vae.encode(change(video).to(device)).half().cpu())
+            latents.append(vae.encode(change(video)).half().cpu())
         captions += texts
     return torch.cat(latents), captions

@@ -82,8 +82,8 @@ def coverage(shape: str, cx: Tensor, cy: Tensor, radius: Tensor, height: int, wi
     Returns `[..., height, width]` in [0, 1].
     """
     r = radius[..., None, None]
-    x = (torch.arange(width) + 0.5 - cx[..., None, None]) / r
-    y = (torch.arange(height)[:, None] + 0.5 - cy[..., None, None]) / r
+    x = (torch.arange(width, device=r.device) + 0.5 - cx[..., None, None]) / r
+    y = (torch.arange(height, device=r.device)[:, None] + 0.5 - cy[..., None, None]) / r
     return (0.5 - signed_distance(shape, x, y) * r).clamp_(0, 1)
 
 # %% ../notebooks/01_worlds.ipynb #9f57b79d
@@ -265,12 +265,13 @@ class Shapes:
         return torch.where(share < 0.4, -1.0, share).argmin(1)
 
     def render(self, cast: dict[str, Tensor]) -> Tensor:
-        """Draw states: `[n, 3, T, H, W]` in [-1, 1]. Later figures stand in front of earlier ones."""
+        """Draw states, on the device where they lie: `[n, 3, T, H, W]` in [-1, 1]. Later figures stand in front of earlier
+        ones."""
         n, k, t = cast["center"].shape[:3]
-        h, w = self.height, self.width
-        palette = torch.tensor(list(COLORS.values())) / 127.5 - 1
-        ground = torch.tensor(list(BACKGROUNDS.values())) / 255
-        light = torch.linspace(1.05, 0.95, h)[:, None]
+        h, w, device = self.height, self.width, cast["center"].device
+        palette = torch.tensor(list(COLORS.values()), device=device) / 127.5 - 1
+        ground = torch.tensor(list(BACKGROUNDS.values()), device=device) / 255
+        light = torch.linspace(1.05, 0.95, h, device=device)[:, None]
         video = (ground[cast["background"]][:, :, None, None, None] * light * 2 - 1)
         video = video.clamp(-1, 1).expand(n, 3, t, h, w).clone()
         for i in range(k):
@@ -284,7 +285,7 @@ class Shapes:
                     video[rows] = torch.lerp(video[rows], color.expand(-1, -1, t, h, w), alpha)
         rows = cast["pillar"].nonzero()[:, 0]
         left, right = (round(edge * w) for edge in PILLAR_SPAN)
-        video[rows, :, :, :, left:right] = (torch.tensor(PILLAR) / 127.5 - 1)[:, None, None, None]
+        video[rows, :, :, :, left:right] = (torch.tensor(PILLAR, device=device) / 127.5 - 1)[:, None, None, None]
         return video
 
     def scenes(self, cast: dict[str, Tensor]) -> list[dict]:
@@ -311,10 +312,11 @@ class Shapes:
                             + [(None, i, moment(hidden[b, i])) for i in range(count) if hidden[b, i].any()]))
         return out
 
-    def batch(self, n: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
-        """n clips `[n, 3, T, H, W]` in [-1, 1] and their captions."""
+    def batch(self, n: int, generator: torch.Generator, device="cpu") -> tuple[Tensor, list[str]]:
+        """n clips `[n, 3, T, H, W]` in [-1, 1], drawn on a device, and their captions."""
         cast = self.cast(n, generator)
-        return self.render(cast), self._captions(self.scenes(cast), generator)
+        video = self.render({name: x.to(device) for name, x in cast.items()})
+        return video, self._captions(self.scenes(cast), generator)
 
     def _captions(self, scenes: list[dict], generator: torch.Generator) -> list[str]:
         which = torch.randint(6, (len(scenes),), generator=generator).tolist()      # 6: as often each of 1, 2 or 3 levels

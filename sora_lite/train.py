@@ -80,21 +80,22 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            by_shape: dict[tuple, list[nn.Parameter]] = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    by_shape.setdefault((p.shape[0], p.numel() // p.shape[0]), []).append(p)
-            for (rows, columns), params in by_shape.items():
-                updates = []
-                for p in params:
-                    mean = self.state[p].setdefault("mean", torch.zeros_like(p.grad))
-                    local(mean).lerp_(local(p.grad), 1 - group["momentum"])
-                    update = local(p.grad).lerp(local(mean), group["momentum"])
-                    updates.append(gathered(update, p).reshape(rows, columns))
-                size = group["lr"] * max(1, rows / columns) ** 0.5
-                for p, update in zip(params, orthogonalize(torch.stack(updates))):
-                    local(p).mul_(1 - group["lr"] * group["weight_decay"])
-                    local(p).add_(shard(update.view(p.shape), p), alpha=-size)
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            means = [local(self.state[p].setdefault("mean", torch.zeros_like(p.grad))) for p in params]
+            grads = [local(p.grad) for p in params]
+            torch._foreach_lerp_(means, grads, 1 - group["momentum"])      # all at once: on a GPU a launch costs more than it does
+            ahead = torch._foreach_lerp(grads, means, group["momentum"])
+            torch._foreach_mul_([local(p) for p in params], 1 - group["lr"] * group["weight_decay"])
+            by_shape: dict[tuple, list[tuple[nn.Parameter, Tensor]]] = {}
+            for p, update in zip(params, ahead):
+                by_shape.setdefault((p.shape[0], p.numel() // p.shape[0]), []).append((p, gathered(update, p)))
+            for (rows, columns), pairs in by_shape.items():
+                updates = orthogonalize(torch.stack([update.reshape(rows, columns) for _, update in pairs]))
+                torch._foreach_add_([local(p) for p, _ in pairs],
+                                    [shard(u.view(p.shape), p) for u, (p, _) in zip(updates, pairs)],
+                                    alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
 def optimizers(model: nn.Module, lr: float, matrix_lr: float) -> list[torch.optim.Optimizer]:
@@ -301,7 +302,7 @@ def fit(model: nn.Module, batch: Callable | Sequence[Callable], loss: Callable, 
             for o, lrs in zip(opts, base):
                 for group, value in zip(o.param_groups, lrs):
                     group["lr"] = value * rate(step, steps, warmup=warmup, schedule=schedule, decay=decay)
-            figures: dict[str, float] = {}
+            figures: dict[str, Tensor | float] = {}
             for part in mine:
                 generator = generator_of(seed, step, part)
                 data = sources[part](step, generator)
@@ -310,13 +311,14 @@ def fit(model: nn.Module, batch: Callable | Sequence[Callable], loss: Callable, 
                         value = loss(called, data, generator)
                     value, extra = value if isinstance(value, tuple) else (value, {})
                     for name, figure in ({"loss": value.detach()} | extra).items():
-                        figures[name] = figures.get(name, 0.0) + float(figure) / len(mine)
+                        figures[name] = figures.get(name, 0.0) + figure / len(mine)
                     (value if len(mine) == 1 else value / len(mine)).backward()
-            figures = dict(zip(figures, engine.mean(list(figures.values()))))
+            norm = torch.nn.utils.clip_grad_norm_(params, clip)
+            # only now is a number asked of the device: before, a GPU would have had to wait for the answer
+            figures = dict(zip(figures, engine.mean([float(figure) for figure in figures.values()])))
             number = figures.pop("loss")
             if not math.isfinite(number):
                 stop(f"the loss is {number} at step {step}")
-            norm = torch.nn.utils.clip_grad_norm_(params, clip)
             if not math.isfinite(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)):
                 stop(f"the gradient is not finite at step {step}, though the loss is {number:.4g}")
             whole = False

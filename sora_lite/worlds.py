@@ -33,13 +33,13 @@ class World:
         """One clip, with its caption and, where it is known, its state."""
         raise NotImplementedError
 
-    def batch(self, n: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
-        """n clips `[n, 3, T, H, W]` and their captions; ValueError if they differ in size."""
+    def batch(self, n: int, generator: torch.Generator, device="cpu") -> tuple[Tensor, list[str]]:
+        """n clips `[n, 3, T, H, W]` on a device, and their captions; ValueError if they differ in size."""
         clips = [self.sample(generator) for _ in range(n)]
         if len({clip.video.shape for clip in clips}) > 1:
             raise ValueError("clips of different sizes do not stack: give the world height, width, "
                              "frames and fps, or take clips one by one with sample")
-        return torch.stack([clip.video for clip in clips]), [clip.caption for clip in clips]
+        return torch.stack([clip.video for clip in clips]).to(device), [clip.caption for clip in clips]
 
 
 def _pick(n: int, generator: torch.Generator) -> int:
