@@ -83,8 +83,8 @@ def split(process: Process, prediction: str, x: Tensor, said: Tensor, t: Tensor)
     raise ValueError(f"prediction {prediction!r} is unknown: choose one of {', '.join(PREDICTIONS)}")
 
 # %% ../notebooks/04_diffusion.ipynb #8a991ee7
-def shift_times(t: Tensor, shift: float) -> Tensor:
-    """Move times towards noise: t' = s t / (1 + (s - 1) t) (Esser 2024, eq. 23)."""
+def shift_times(t: Tensor, shift: float | Tensor) -> Tensor:
+    """Move times towards noise: t' = s t / (1 + (s - 1) t) (Esser 2024, eq. 23). shift: one, or one for each time."""
     return shift * t / (1 + (shift - 1) * t)
 
 

@@ -93,8 +93,8 @@ def flow_loss(model: Denoiser, batch: tuple[list[Tensor], list[str]], generator:
     given = torch.cat([draw_mask(places[shape], grids[shape], generator) if hidden[i]
                        else torch.zeros(n, dtype=torch.bool) for shape, n, i in zip(shapes, lengths, order)]).to(device)
     shifts = [shift_for_tokens(n, CLIP_BASE if grids[shape][0] > 1 else BASE) for shape, n in zip(shapes, lengths)]
-    times = torch.cat([shift_times(t, shift).expand(n) for t, shift, n in zip(
-        sample_times(len(lengths), generator, spread=SPREAD), shifts, lengths)]).to(device)
+    times = shift_times(sample_times(len(lengths), generator, spread=SPREAD), torch.tensor(shifts))
+    times = times.repeat_interleave(torch.tensor(lengths)).to(device)
     times = torch.where(given, 0.0, times)
     eps = torch.randn(x0.shape, generator=generator).to(device)
     said = model(mix(Flow(), x0, eps, times), times, torch.cat(coords), lengths, [captions[i] for i in order])
