@@ -193,8 +193,8 @@ def cache_path(name: str, make: Callable, /, **key) -> Path:
     The hash is of the settings, of the `sources` of `make`, and of the loaded modules of `sora_lite`.
     """
     digest = hashlib.sha256(json.dumps([key, sources(make)], sort_keys=True).encode())
-    for _, module in sorted(sys.modules.items()):
-        if module.__name__.startswith("sora_lite."):
+    for title, module in sorted(sys.modules.items(), key=lambda item: item[0]):       # Cython puts other things there, too
+        if title.startswith("sora_lite."):
             digest.update(Path(module.__file__).read_bytes())
     (run_dir() / "cache").mkdir(exist_ok=True)
     return run_dir() / "cache" / f"{name}-{digest.hexdigest()[:12]}"

@@ -137,7 +137,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _half(q: Tensor) -> torch.dtype | None:
     """The half precision in which a GPU's variable-length kernel can take q, or None."""
-    if q.device.type != "cuda" or varlen_attn is None:
+    if q.device.type != "cuda" or varlen_attn is None or q.shape[-1] % 8:
         return None
     if torch.cuda.get_device_capability(q.device) < (8, 0):
         return None

@@ -237,6 +237,13 @@ def test_tensors_of_an_experiment_come_back_as_they_were():
         assert all(torch.equal(back[k], whole[k]) and back[k].dtype == whole[k].dtype for k in ("made", "turned"))
 
 
+def test_what_is_no_module_may_stand_among_the_modules(tmp_path, monkeypatch):
+    """Cython leaves an object without a name there (as on Colab)."""
+    monkeypatch.setenv("SORA_LITE_RUN", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "cython.parallel", object())
+    assert lab.cached("00-test", lambda: 3) == 3
+
+
 def test_cached_each_makes_side_by_side_what_is_missing_and_keeps_the_order(tmp_path, monkeypatch):
     monkeypatch.setenv("SORA_LITE_RUN", str(tmp_path))
     calls = tmp_path / "calls"
