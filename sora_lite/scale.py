@@ -34,7 +34,7 @@ from .worlds import check_world, world_of
 
 if __name__ != "__main__":  # in the chapter these are in scope already, perhaps changed by the reader
     from sora_lite.crew import Crew, accelerator, in_shards, recomputed, whole_state
-    from sora_lite.shards import Stream, card_of, shards_in, vocabulary_of, write_shards
+    from sora_lite.shards import Stream, card_of, longest_caption, shards_in, vocabulary_of, write_shards
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,11 @@ class Settings:
         return cls.of(given, str(path))
 
 # %% ../notebooks/16_scale.ipynb #415f0668
-def build(settings: Settings, words: list[str], channels: int) -> Denoiser:
-    """A fresh model for latents of so many channels, the same on every process."""
+def build(settings: Settings, words: list[str], channels: int, longest: int = 16) -> Denoiser:
+    """A fresh model for latents of so many channels and captions of at most `longest` words, the same on every process."""
     s = settings
     torch.manual_seed(s.seed)
-    text = TextEncoder(words)
+    text = TextEncoder(words, fill=16 * max(1, math.ceil(longest / 16)))      # captions of one length: a step is compiled once
     return Denoiser(text, DiT(channels=4 * channels, width=s.model_width, depth=s.depth, heads=s.heads,
                               words_width=text.width, conv_depth=s.conv_depth, conv_width=s.conv_width))
 
@@ -161,8 +161,9 @@ def run(settings: Settings) -> Path:
         crew.accelerator.wait_for_everyone()
     decides = dict(data=card_of(data)) | {name: getattr(s, name) for name in (
         "model_width", "depth", "heads", "conv_depth", "conv_width", "batch_size", "workers")}
-    vae, words = VideoVAE.from_pretrained(s.vae), vocabulary_of(data)
-    model = build(s, words, vae.config["channels"])
+    vae = VideoVAE.from_pretrained(s.vae)
+    told = vocabulary_of(data), vae.config["channels"], longest_caption(data)
+    model = build(s, *told)
     blocks = [*model.dit.blocks, *model.dit.stem, *model.dit.head]
     if s.strategy == "fsdp":
         in_shards(model, crew)
@@ -178,7 +179,7 @@ def run(settings: Settings) -> Path:
                       engine=crew, settings=decides, desc=f"{crew.world} x {s.strategy}")
     state = whole_state(model)
     if crew.speaks:
-        whole = build(s, words, vae.config["channels"])
+        whole = build(s, *told)
         whole.load_state_dict(state)
         SoraLite(vae, whole.text, whole.dit, defaults=dict(frames=s.frames, height=s.height, width=s.width)
                  ).save_pretrained(out / "weights", settings=dataclasses.asdict(s), steps=history.steps)

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['LATENTS', 'MADE', 'clips_of', 'encode_clips', 'write_shard', 'shards_in', 'index_of', 'card_of', 'write_shards',
-           'vocabulary_of', 'read_shards', 'Stream']
+           'vocabulary_of', 'longest_caption', 'read_shards', 'Stream']
 
 # %% ../notebooks/16_scale.ipynb #9c0dd9b2
 """Shards of latents: written in parallel, resumable; read as a stream, each process and worker its own."""
@@ -83,9 +83,9 @@ def write_shard(path: Path, source, vae: VideoVAE, numbers: range, seed: int, ma
                                 latents=list(z.shape), crc32=zlib.crc32(data + clip.caption.encode()))
             tar.write({"__key__": f"{i:08d}", LATENTS: data, "txt": clip.caption.encode(),
                        "json": json.dumps(about).encode()})
-    words = sorted({word for _, clip in clips for word in words_of(clip.caption)})
+    captions = [words_of(clip.caption) for _, clip in clips]
     index = made | dict(numbers=[numbers.start, numbers.stop], clips=len(clips), bytes=len(buffer.getbuffer()),
-                        words=words)
+                        words=sorted(set().union(*captions)), longest=max(map(len, captions), default=0))
     path.unlink(missing_ok=True)
     write_atomically(path.with_suffix(".json"), lambda p: p.write_text(json.dumps(index)))
     write_atomically(path, lambda p: p.write_bytes(buffer.getbuffer()))
@@ -105,7 +105,7 @@ def index_of(shard: str | Path) -> dict:
     path = Path(shard).with_suffix(".json")
     try:
         index = json.loads(path.read_text())
-        return {key: index[key] for key in (*MADE, "numbers", "clips", "words")}
+        return {key: index[key] for key in (*MADE, "numbers", "clips", "words", "longest")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}, the index of a shard, cannot be read ({type(error).__name__}: {error}): delete the "
                          f"shard, so that it is made again") from None
@@ -234,6 +234,11 @@ def _decoded(samples: Iterator[dict]) -> Iterator[tuple[Tensor, str, dict]]:
 def vocabulary_of(folder: str | Path) -> list[str]:
     """All words of the captions in a folder of shards, from the indices beside them."""
     return sorted({word for url in shards_in(folder) for word in index_of(url)["words"]})
+
+
+def longest_caption(folder: str | Path) -> int:
+    """Words of the longest caption in a folder of shards, from the indices beside them."""
+    return max(index_of(url)["longest"] for url in shards_in(folder))
 
 
 def read_shards(folder: str | Path, *, seed: int = 0, epoch: int = 0, rank: int = 0, world: int = 1, shuffle: int = 64,

@@ -22,7 +22,7 @@ def far(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def parts(device="cpu"):
     torch.manual_seed(0)
-    text = TextEncoder(vocabulary(), width=64, depth=2, heads=2, fill=32)
+    text = TextEncoder(vocabulary(), width=64, depth=2, heads=2, fill=48)
     dit = DiT(channels=96, width=64, depth=2, heads=4, words_width=64, conv_depth=1, conv_width=32)
     return VideoVAE().to(device).eval(), text, dit
 

@@ -28,7 +28,8 @@ from sora_lite.pipeline import SoraLite, flow_loss
 from sora_lite.recipes import CARDS, MovingMNIST, openvid, panda70m, something_something, ucf101
 from sora_lite.scale import Settings, build, launch, main, run, what_ended
 from sora_lite.shapes import Shapes
-from sora_lite.shards import Stream, card_of, read_shards, vocabulary_of, write_shards
+from sora_lite.shards import Stream, card_of, longest_caption, read_shards, vocabulary_of, write_shards
+from sora_lite.text import words_of
 from sora_lite.train import fit, optimizers, orthogonalize
 from sora_lite.vae import VideoVAE
 from sora_lite.video import Clip, write
@@ -143,6 +144,7 @@ def test_a_shard_says_what_it_holds_and_latents_are_the_autoencoders(folder, vae
     torch.testing.assert_close(latents.float(), wanted.float(), atol=0.02, rtol=0.02)
     assert text == "number 7" and about["source"] == "7.mp4" and about["vae"] and about["world"] == "Colours(23)"
     assert "number" in vocabulary_of(folder) and "22" in vocabulary_of(folder)
+    assert longest_caption(folder) == max(len(words_of(caption)) for _, caption, _ in read_shards(folder))
 
 
 def test_writing_goes_on_where_it_stopped_and_refuses_a_mixture(folder, vae, tmp_path):
