@@ -12,10 +12,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def main(rows: int = 2, columns: int = 8, seed: int = 0) -> None:
-    """Held-out prompts, one sample each, none chosen, on one sheet."""
+    """Held-out prompts, one sample each, none chosen, on one sheet: a row with one figure, a row with two, and so on."""
     pipe = SoraLite.from_pretrained(ROOT / "data" / "sora-lite")
-    world, generator = Shapes(split="test"), torch.Generator().manual_seed(seed)
-    scenes = world.scenes(world.cast(rows * columns, generator))
+    worlds, generator = [Shapes(split="test", objects=(k, k)) for k in (1, 2)], torch.Generator().manual_seed(seed)
+    casts = [worlds[row % 2] for row in range(rows)]
+    scenes = [scene for world in casts for scene in world.scenes(world.cast(columns, generator))]
     videos = pipe([caption(s) for s in scenes], generator=generator)
     framed = torch.nn.functional.pad(videos, (2, 2, 2, 2), value=1.0)
     sheet = rearrange(framed, "(r k) c t h w -> c t (r h) (k w)", r=rows)
