@@ -303,11 +303,13 @@ class VideoVAE(nn.Module, Pretrained):
 
     @torch.no_grad()
     def measure_latents(self, videos: list[Tensor]) -> None:
-        """Set the mean of each channel and the one spread that `encode` divides out, from videos `[B, 3, T, H, W]`."""
+        """Set what `encode` subtracts and divides out, from videos `[B, 3, T, H, W]`: the mean of each channel, and the
+        square root of its spread times one number that makes the variance of all together 1."""
         self.mean.zero_(), self.std.fill_(1)
         flat = torch.cat([self.encode(v).transpose(0, 1).flatten(1) for v in videos], 1)
         self.mean.copy_(flat.mean(1))
-        self.std.fill_(flat.var(1).mean().sqrt().clamp(min=1e-4))
+        root = flat.std(1).clamp(min=1e-4).sqrt()
+        self.std.copy_(root * (flat.var(1) / root.square()).mean().clamp(min=1e-8).sqrt())
 
 
 def _channel(x: Tensor) -> Tensor:
