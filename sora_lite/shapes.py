@@ -2,11 +2,13 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'COLORS', 'BACKGROUNDS', 'PILLAR', 'PILLAR_SPAN', 'SIZES', 'MOTIONS', 'PLACES', 'MOMENTS', 'LEVELS',
-           'signed_distance', 'coverage', 'paths', 'held_out', 'place', 'moment', 'caption', 'vocabulary', 'Shapes']
+           'signed_distance', 'coverage', 'paths', 'held_out', 'place', 'moment', 'lengthen', 'caption', 'vocabulary',
+           'Shapes']
 
 # %% ../notebooks/01_worlds.ipynb #15a1279e
 """Shapes: a world of moving figures whose every attribute is known, with exact captions."""
 import math
+import re
 
 import torch
 from torch import Tensor
@@ -154,6 +156,22 @@ def moment(near: Tensor) -> str | None:
         return "throughout"
     middle = near.nonzero().float().mean() / (len(near) - 1)
     return MOMENTS[min(int(3 * middle), 2)]
+
+
+def lengthen(prompt: str, generator: torch.Generator) -> str:
+    """An ordinary caption made descriptive: each figure that has no place gets one, drawn from where figures of its size
+    and motion start in a square frame. Whatever else the prompt says stays as it is."""
+    either = lambda names: "|".join(map(re.escape, names))
+    motions = {phrase: i for i, phrase in enumerate(MOTIONS.values())}
+
+    def placed(match: re.Match) -> str:
+        low, high = SIZES[match["size"]]
+        motion = torch.tensor(motions.get(match["motion"], 0))
+        path = paths(motion, _uniform(generator, low, high, 1)[0], torch.zeros(1), (1.0, 1.0), generator)
+        return f"{match['figure']} in the {place(*path[0].tolist(), 1, 1)}{match['rest']}"
+
+    return re.sub(rf"(?P<figure>(?P<size>{either(SIZES)}) (?:{either(COLORS)}) (?:{either(SHAPES)}))(?! in the)"
+                  rf"(?P<rest>(?: (?P<motion>{either(motions)}))?)", placed, prompt)
 
 
 def caption(scene: dict, level: str = "ordinary") -> str:

@@ -1,4 +1,6 @@
 """The Shapes world and its oracle: what is drawn is what is said, and is read back from the pixels."""
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -6,7 +8,7 @@ from hypothesis import strategies as st
 
 from sora_lite import oracle
 from sora_lite.shapes import (BACKGROUNDS, COLORS, LEVELS, MOMENTS, MOTIONS, PLACES, SHAPES, SIZES, Shapes, caption,
-                              coverage, held_out, moment, vocabulary)
+                              coverage, held_out, lengthen, moment, vocabulary)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -176,3 +178,18 @@ def test_oracle_reads_whatever_it_is_shown():
         oracle.read(torch.zeros(2, 3, 5, 32, 32))
     with pytest.raises(ValueError, match="as many"):
         oracle.fidelity([], torch.zeros(1, 3, 5, 32, 32))
+
+
+def test_a_lengthened_caption_says_where_and_nothing_else(generator):
+    somewhere = re.compile(" in the (?:" + "|".join(sorted(PLACES, key=len, reverse=True)) + ")")
+    for frames in (1, 17):
+        world = Shapes(height=32, width=32, frames=frames, objects=(1, 3))
+        for scene in world.scenes(world.cast(20, generator)):
+            text, long = caption(scene), lengthen(caption(scene), generator)
+            assert len(somewhere.findall(long)) == len(scene["objects"]) and somewhere.sub("", long) == text
+            assert lengthen(long, generator) == long
+
+
+def test_a_lengthened_caption_starts_where_such_a_figure_can(generator):
+    starts = {lengthen("a small red circle moves right on a white background", generator) for _ in range(100)}
+    assert len(starts) >= 4 and not any("right moves" in text for text in starts)
