@@ -64,13 +64,14 @@ def test_a_power_law_is_found_again_and_gaps_are_left_out():
     assert all(map(math.isnan, power_law(x[:1], y[:1])))
 
 
-def made_up(noise=0.0, alpha=0.4, beta=0.3, seeds=3):
-    """Rows of a world whose loss is N^-alpha + D^-beta, in which the best N grows as C^(beta / (alpha + beta))."""
+def made_up(noise=0.0, alpha=0.4, beta=0.3, seeds=3, each=lambda n: 6):
+    """Rows of a world whose loss is N^-alpha + D^-beta, in which the best N grows as C^(beta / (alpha + beta)).
+    each: FLOPs of a weight and token for N weights."""
     rng, rows = np.random.default_rng(0), []
     for n in np.geomspace(2e3, 2e6, 9):
         for seed in range(seeds):
             for budget in (1e10, 4e10, 1.6e11, 6.4e11):
-                tokens = budget / (6 * n)
+                tokens = budget / (each(n) * n)
                 rows.append(dict(parameters=int(n), tokens=tokens, flops=budget, budget=budget, seed=seed,
                                  loss=n**-alpha + tokens**-beta + noise * rng.normal()))
     return rows
@@ -82,6 +83,12 @@ def test_the_laws_of_a_made_up_world_are_found_again():
     assert laws["tokens law"][1] == pytest.approx(0.4 / 0.7, abs=0.03)
     assert laws["loss law"][1] == pytest.approx(-0.4 * 0.3 / 0.7, abs=0.02)
     assert laws["parameters"] * laws["tokens"] * 6 == pytest.approx(laws["budgets"], rel=1e-3)
+
+
+def test_what_a_weight_and_token_cost_is_read_between_the_sizes():
+    each = lambda n: 12 - 0.4 * np.log(n)
+    laws = fit_laws(made_up(each=each)[::-1])                    # in any order
+    assert laws["parameters"] * laws["tokens"] * each(laws["parameters"]) == pytest.approx(laws["budgets"], rel=1e-3)
 
 
 def test_the_bootstrap_is_as_wide_as_the_noise():
@@ -98,6 +105,22 @@ def test_a_plan_adds_up_and_grows_with_the_compute():
     assert large["parameters"] > small["parameters"] and large["batch_size"] > small["batch_size"]
     k, exponent = laws["parameters law"]
     assert large["parameters"] == pytest.approx(k * 1e14**exponent, rel=0.25)
+
+
+@pytest.mark.parametrize("each", [6, 9])
+def test_no_plan_costs_more_than_its_budget(each):
+    laws = fit_laws(made_up(each=lambda n: each))
+    greedy = laws | {"parameters law": (0.25, 0.48), "tokens law": (0.03, 0.63)}       # together more than C^1
+    for flops in np.geomspace(1e9, 1e17, 9):
+        for some in (laws, greedy):
+            p = plan(flops, 1e11, some)
+            assert each * p["parameters"] * p["tokens"] <= flops * (1 + 1e-6)
+            assert each * p["parameters"] * p["tokens"] > 0.5 * flops or flops < 1e12     # nor does it waste much
+
+
+def test_a_budget_that_buys_no_step_is_no_plan():
+    with pytest.raises(ValueError, match="buy no step.*raise flops"):
+        plan(1e7, 1e11, fit_laws(made_up()))
 
 
 @pytest.mark.parametrize("flops, rate", [(0, 1e9), (1e12, -1)])
