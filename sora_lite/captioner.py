@@ -220,7 +220,7 @@ def statements(text: str, tied: bool = True) -> dict[str, set[str]]:
     """What a caption of the Shapes world states, by kind (`KINDS`); what it leaves open is an empty set.
 
     tied: where there are several figures, each attribute is tied to its figure's colour. A "figure" has no
-    shape.
+    shape. What follows a comma (what passes before what, and when) is not counted.
     """
     text = text.split(",")[0]
     things = [m.groups() for m in _THING.finditer(text)]
@@ -253,17 +253,20 @@ def grade(said: list[dict[str, set]], true: list[dict[str, set]]) -> dict[str, d
 
 # %% ../notebooks/08_language.ipynb #7c631fda
 def degrade(scene: dict, generator: torch.Generator) -> str:
-    """The kind of caption that videos come with: half are short, three in ten vague, two in ten have a false
-    word. scene: as `Shapes.scenes` gives it; its first figure is the one described falsely or vaguely."""
+    """The kind of caption that videos come with: four in ten are short, three in ten vague, one in ten long and
+    true, two in ten long with a false word. scene: as `Shapes.scenes` gives it; its first figure is the one
+    described falsely or vaguely."""
     pick = lambda n: int(torch.randint(n, (), generator=generator))
     kind = float(torch.rand((), generator=generator))
     thing = scene["objects"][0]
-    if kind < 0.5:
+    if kind < 0.4:
         return caption(scene, "terse")
-    if kind < 0.8:
+    if kind < 0.7:
         article = "an" if thing["color"][0] == "o" else "a"
         return (f"{article} {thing['color']} figure", f"a {thing['shape']}", f"a {thing['size']} figure",
                 f"a figure on a {scene['background']} background")[pick(4)]
+    if kind < 0.8:
+        return caption(scene, "descriptive")
     names = dict(color=COLORS, shape=SHAPES, size=SIZES, place=PLACES, background=BACKGROUNDS)
     key = list(names)[pick(len(names))]
     have = (scene if key == "background" else thing)[key]
