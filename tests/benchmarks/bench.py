@@ -28,7 +28,7 @@ COMPARED = [("clips of 80 tokens", CONV, SHORT), ("clips of 192 tokens", CONV, L
 SMALL = dict(width=64, depth=2, heads=4, conv_depth=1, conv_width=32)
 SIZES = {
     "default": {
-        1: dict(settings=COMPARED, batch=32, seconds=160),
+        1: dict(settings=COMPARED, batch=32, seconds=130),
         2: dict(minutes=1.0, batch=4, seconds=40, held_out=32),
         4: dict(stream=512, capacity=1024, settings=COMPARED[:1], clips=4, steps=20, seconds=100),
         5: dict(lengths=[2, 3, 5, 9, 17, 33, 49], sides=[2, 3, 4, 6, 8, 12], model=CONV, batch=4, counts=[1, 2], rounds=12,
