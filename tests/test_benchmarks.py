@@ -51,6 +51,8 @@ def test_turns_give_each_arm_its_seconds_and_go_on_from_what_was_used():
     assert calls == {"slow": 2, "fast": 8} and had == {"slow": 8.0, "fast": 8.0}
     harness.in_turn({"slow": arm("slow", 4.0), "fast": arm("fast", 1.0)}, seconds=8, desc="", used={"fast": 6.0, "slow": 8.0})
     assert calls == {"slow": 2, "fast": 10}
+    had = harness.in_turn({"slow": arm("slow", 1.0), "fast": arm("fast", 1.0)}, seconds={"slow": 6, "fast": 2}, desc="")
+    assert had == {"slow": 6.0, "fast": 2.0}
 
 
 def test_garbage_is_collected_again_after_an_arm_fails():
@@ -259,13 +261,13 @@ def test_tiny_is_never_kept(tmp_path):
 def test_minutes_to_a_mark_and_the_best_rate():
     import fidelity
 
-    curve = [(1.0, 0.4), (2.0, 0.7), (3.0, 0.9)]
+    curve = [(1.0, 0.4, 0.8), (2.0, 0.7, 0.9), (3.0, 0.9, 1.0)]
     assert fidelity.minutes_to(curve, 0.8) == pytest.approx(2.5) and fidelity.minutes_to(curve, 0.95) is None
-    assert fidelity.minutes_to([(2.0, 0.8)], 0.4) == pytest.approx(1.0)
-    arm = lambda lr, *values: type("Arm", (), dict(lr=lr, curve=list(enumerate(values, 1))))()
+    assert fidelity.minutes_to([(2.0, 0.8, 0.9)], 0.4) == pytest.approx(1.0)
+    arm = lambda lr, *values, right=0.5: type("Arm", (), dict(lr=lr, curve=[(k, v, right) for k, v in enumerate(values, 1)]))()
     assert fidelity.best_rate([arm(1, 0.5, 0.95), arm(2, 0.91, 0.91), arm(3, 0.1, 0.2)]) == 2
     assert fidelity.best_rate([arm(1, 0.5, 0.85), arm(2, 0.2, 0.3)]) == 1
-    assert fidelity.best_rate([arm(1, 0.5, 0.6), arm(2, 0.2, 0.7)]) == 2
+    assert fidelity.best_rate([arm(1, 0.0, 0.02, right=0.6), arm(2, 0.0, 0.01, right=0.7), arm(3, 0.0, 0.0)]) == 2
 
 
 @needs_diffusers

@@ -74,17 +74,19 @@ def interleaved(arms: dict[str, Callable[[], object]], *, seconds: float, device
     return times, first
 
 
-def in_turn(arms: dict[str, Callable[[], float]], *, seconds: float, desc: str,
+def in_turn(arms: dict[str, Callable[[], float]], *, seconds: float | dict[str, float], desc: str,
             used: dict[str, float] | None = None) -> dict[str, float]:
-    """Give each arm `seconds` of its own clock: always the one that has had the least runs next.
+    """Give each arm `seconds` of its own clock, one number or one for each: always the one that has had the smallest
+    share of its own runs next.
 
     An arm does a piece of work and returns the seconds that count. used: what earlier runs have had already.
     """
+    due = seconds if isinstance(seconds, dict) else dict.fromkeys(arms, seconds)
     had = dict.fromkeys(arms, 0.0) | {k: v for k, v in (used or {}).items() if k in arms}
-    with tqdm(total=seconds * len(arms), initial=sum(had.values()), desc=desc, unit="s", mininterval=1,
+    share = lambda name: had[name] / due[name]
+    with tqdm(total=sum(due.values()), initial=sum(had.values()), desc=desc, unit="s", mininterval=1,
               bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}]") as bar:
-        while min(had.values()) < seconds:
-            name = min(had, key=had.get)
+        while share(name := min(had, key=share)) < 1:
             had[name] += arms[name]()
             bar.n = min(bar.total, sum(had.values()))
             bar.refresh()
