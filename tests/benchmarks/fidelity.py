@@ -2,18 +2,23 @@
 
 `make bench-fidelity`, or `python tests/benchmarks/fidelity.py --minutes 18`. It runs for hours. Each contender trains for
 that time with three learning rates; with the best of them the plain recipe trains under three seeds for three times as
-long, which is what it would need to be within the target, and ours under two seeds more. All trainings of a stage take
+long, which is what it would need to be within the target, and ours under two seeds more. Trainings of a stage take
 turns, each piece is written down, and a killed run goes on where it stopped.
+
+The clock is the first thing that is measured: the seconds of a step of each kind, in turns, on the machine as it is then
+(it should have nothing else to do for these minutes). A training's minutes are its steps times that, so what else the
+machine does in the hours that follow changes nothing.
 """
 import os
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 import argparse
 import io
+import json
 import math
-import time
 import warnings
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import sora_lite  # noqa: F401 -- first: on some machines it must tell oneDNN to do without AMX
@@ -22,13 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import harness
-from harness import TOLERANCE, equal, parameters, spread, wait
+from harness import TOLERANCE, equal, interleaved, parameters, spread
 from peers import AsDiT, build
+from sora_lite.lab import fingerprint
 from sora_lite.pipeline import Denoiser, SoraLite, encode_world, flow_loss
 from sora_lite.shapes import Shapes, vocabulary
 from sora_lite.sizes import score_at
 from sora_lite.text import TextEncoder, words_of
-from sora_lite.train import averaged, compiled, keep_memory, load_checkpoint, optimizers, rate
+from sora_lite.train import averaged, compiled, generator_of, keep_memory, load_checkpoint, optimizers, rate
 from sora_lite.vae import VideoVAE
 from sora_lite.video import write_atomically
 from sora_lite.worlds import world_of
@@ -52,16 +58,19 @@ def plain_loss(model: Denoiser, batch: tuple[list[Tensor], list[str]], generator
 
 
 class Recipe:
-    """A contender in training: model, optimisers, average of its weights, and its curve of (minutes, fidelity).
+    """A contender in training: model, optimisers, average of its weights, and its curve of (minutes, prompt fidelity,
+    share of all attributes that are right) at each look.
 
     A call trains to its next look, or for at most a minute, and writes itself down; it returns the seconds of training
-    steps alone. What judges, what reads clips and what compiles is not on the clock. curve: (minutes, prompt fidelity,
-    share of all attributes that are right) at each look.
+    that this is on the clock. clock: seconds of a step of each kind of batch, without which nothing is trained. What
+    judges, what reads clips and what compiles is not on the clock.
     """
+    KINDS = {"ours": ("images", "beginnings", "clips"), "Wan": ("clips",)}
 
     def __init__(self, name: str, lr: float, seed: int, *, minutes: float, looks: int, batch: int, prompts: int, sizes: dict,
-                 vae: VideoVAE, pool: dict, folder: Path, device: torch.device):
-        self.name, self.lr, self.limit, self.looks, self.batch = name, lr, 60 * minutes, looks, batch
+                 vae: VideoVAE, whose: str, pool: dict, folder: Path, device: torch.device,
+                 clock: dict[str, float] | None = None):
+        self.name, self.lr, self.looks, self.batch, self.clock = name, lr, looks, batch, clock
         self.prompts, self.pool, self.device, self.vae = prompts, pool, device, vae
         torch.manual_seed(seed)
         longest = max(len(words_of(caption)) for _, captions in pool.values() for caption in captions)
@@ -76,8 +85,14 @@ class Recipe:
         self.base = [[g["lr"] for g in o.param_groups] for o in self.opts]
         self.params = list(self.model.parameters())
         self.average = [p.detach().clone() for p in self.params]
-        self.seed, self.steps, self.seconds, self.curve, self.warmed = seed, 0, 0.0, [], False
-        self.plan = dict(name=name, lr=lr, seed=seed, minutes=minutes, batch=batch, prompts=prompts, looks=looks, sizes=sizes)
+        self.seed, self.steps, self.seconds, self.curve = seed, 0, 0.0, []
+        if clock is None:
+            return
+        self.limit = 60 * minutes
+        course = lambda total: sum(clock[self.kind(step, total)] for step in range(total))
+        self.total = max(1, round(self.limit / course(1200) * 1200))       # the course is the same at any length
+        self.plan = dict(name=name, lr=lr, seed=seed, minutes=minutes, batch=batch, prompts=prompts, looks=looks, sizes=sizes,
+                         clips={kind: len(latents) for kind, (latents, _) in pool.items()}, vae=whose, clock=clock)
         self.path = folder / f"{name}-{lr:g}-{minutes:g}min-{seed}.pt"
         if self.path.is_file():
             self.resume()
@@ -100,15 +115,21 @@ class Recipe:
                         opts=[o.state_dict() for o in self.opts], seconds=self.seconds, curve=self.curve), buffer)
         write_atomically(self.path, lambda p: p.write_bytes(buffer.getbuffer()))
 
-    def draw(self, share: float, generator: torch.Generator, images: bool) -> tuple[list[Tensor], list[str]]:
-        """Ours: chapter 5's course, by the share of the time that is used (beginnings of clips till three fifths, then
-        clips), or images. The plain recipe: clips."""
-        ours = self.name == "ours"
-        still, short = ours and images, ours and share < 0.6
-        latents, captions = self.pool["images" if still else "clips"]
-        size = round(self.batch * (5 if still else 2.5 if short else 1))
+    def kind(self, step: int, total: int) -> str:
+        """What a step of a training of `total` steps is made of. Ours: chapter 5's course, images for a fifth, beginnings of
+        clips for two fifths, then clips, and images again every twelfth step. The plain recipe: clips."""
+        if self.name != "ours":
+            return "clips"
+        if step < 0.2 * total or step % 12 == 11:
+            return "images"
+        return "beginnings" if step < 0.6 * total else "clips"
+
+    def draw(self, kind: str, generator: torch.Generator) -> tuple[list[Tensor], list[str]]:
+        """A batch of one kind; images and beginnings are as many as cost about the same."""
+        latents, captions = self.pool["images" if kind == "images" else "clips"]
+        size = round(self.batch * dict(images=5, beginnings=2.5, clips=1)[kind])
         index = torch.randint(len(latents), (size,), generator=generator)
-        return list(latents[index, :, :2 if short and not still else None].float().to(self.device)), [
+        return list(latents[index, :, :2 if kind == "beginnings" else None].float().to(self.device)), [
             captions[i] for i in index.tolist()]
 
     def loss(self, data: tuple[list[Tensor], list[str]], generator: torch.Generator) -> Tensor:
@@ -116,16 +137,13 @@ class Recipe:
         return (flow_loss(self.model, data, generator)[0] if self.name == "ours"
                 else plain_loss(self.model, data, generator))
 
-    def step(self) -> float:
-        """One training step; returns its seconds."""
-        share = self.seconds / self.limit
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.steps)
-        data = self.draw(share, generator, images=share < 0.2 or self.steps % 12 == 11)
-        wait(self.device)
-        begun = time.perf_counter()
+    def step(self, kind: str, share: float) -> None:
+        """One training step, at a share of the whole training."""
+        generator = generator_of(self.seed, self.steps)
         for o, lrs in zip(self.opts, self.base):
             for group, lr in zip(o.param_groups, lrs):
                 group["lr"] = lr * rate(min(999, int(1000 * share)), 1000, warmup=20, decay=0.5)
+        data = self.draw(kind, generator)
         with torch.autocast(self.device.type, torch.bfloat16):
             loss = self.loss(data, generator)
         if not math.isfinite(float(loss.detach())):
@@ -136,9 +154,7 @@ class Recipe:
             o.step()
             o.zero_grad(set_to_none=True)
         torch._foreach_lerp_(self.average, [p.detach() for p in self.params], 1 - min(0.99, (1 + self.steps) / (10 + self.steps)))
-        wait(self.device)
         self.steps += 1
-        return time.perf_counter() - begun
 
     def look(self) -> None:
         """Judge the averaged weights on held-out prompts."""
@@ -148,26 +164,40 @@ class Recipe:
             self.model.train()
         self.curve.append((self.seconds / 60, float(read[-1]), float(read[:-1].mean())))
 
-    def warm(self) -> None:
-        """Compile what the steps of this process need, off the clock and without a trace in the training."""
-        generator = torch.Generator().manual_seed(0)
-        for share in (0.0, 0.3, 1.0):           # images, beginnings of clips, clips
-            with torch.autocast(self.device.type, torch.bfloat16):
-                self.loss(self.draw(share, generator, images=share < 0.2), generator).backward()
-        self.model.zero_grad(set_to_none=True)
-        self.warmed = True
-
     def __call__(self) -> float:
-        if not self.warmed:
-            self.warm()
-        had, next_look = 0.0, self.limit * (len(self.curve) + 1) / self.looks
-        while had < 60 and self.seconds < next_look:
-            took = self.step()
-            had, self.seconds = had + took, self.seconds + took
-        if self.seconds >= next_look:
+        had, next_look = 0.0, math.ceil(self.total * (len(self.curve) + 1) / self.looks)
+        while had < 60 and self.steps < next_look:
+            kind = self.kind(self.steps, self.total)
+            self.step(kind, self.steps / self.total)
+            had += self.clock[kind]
+        self.seconds += had
+        if self.steps >= next_look:
             self.look()
+            if self.steps >= self.total:
+                had, self.seconds = had + self.limit - self.seconds, self.limit      # less than a step
         self.save()
         return had
+
+
+def clocks(make, folder: Path, device: torch.device, seconds: float, eager: bool, plan: dict) -> dict[str, dict[str, dict]]:
+    """Seconds of a step of each contender and kind of batch, with their spread: of interleaved rounds, measured once and
+    kept. ValueError if what was kept belongs to another plan."""
+    path = folder / "clock.json"
+    if not path.is_file():
+        arms = {name: make(name, lrs[0], 0) for name, lrs in RATES.items()}
+        with ExitStack() as stack:
+            for arm in arms.values() if not eager else []:
+                stack.enter_context(compiled(arm.blocks, device))
+            works = {(name, kind): partial(arm.step, kind, 0.5) for name, arm in arms.items() for kind in Recipe.KINDS[name]}
+            times, _ = interleaved(works, seconds=seconds, device=device, most=10_000, desc="the clock")
+        torch.compiler.reset()
+        found = {name: {kind: spread(times[name, kind]) for kind in Recipe.KINDS[name]} for name in arms}
+        write_atomically(path, lambda p: p.write_text(json.dumps(dict(plan=plan, seconds=found), indent=1) + "\n"))
+    kept = json.loads(path.read_text())
+    if kept["plan"] != plan:
+        raise ValueError(f"{path} was measured for another run ({kept['plan']}, now {plan}): delete it, or give another folder "
+                         f"with --out")
+    return kept["seconds"]
 
 
 def minutes_to(curve: list, mark: float) -> float | None:
@@ -225,6 +255,7 @@ def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parse.add_argument("--minutes", type=float, default=18,
                        help="of training steps; the plain recipe's seeds get three times as many")
+    parse.add_argument("--clock", type=float, default=180, help="seconds for measuring the seconds of a step")
     parse.add_argument("--looks", type=int, default=6, help="how often in a training fidelity is judged")
     parse.add_argument("--prompts", type=int, default=128)
     parse.add_argument("--pool", type=int, default=12288, help="coded clips; images are twice as many")
@@ -238,7 +269,7 @@ def main() -> None:
     args = parse.parse_args()
     sizes, rates = dict(conv_depth=5), RATES
     if args.tiny:
-        args.minutes, args.looks, args.prompts, args.pool, args.batch, args.seeds = 0.01, 1, 2, 8, 2, 2
+        args.minutes, args.clock, args.looks, args.prompts, args.pool, args.batch, args.seeds = 0.01, 0, 1, 2, 8, 2, 2
         sizes, rates = dict(width=64, depth=2, heads=4, conv_depth=1, conv_width=32), {k: v[:2] for k, v in RATES.items()}
         if args.keep:
             parse.error("--tiny measures nothing that should be kept: leave out --keep")
@@ -250,20 +281,24 @@ def main() -> None:
     keep_memory()
     host = harness.machine(device)
     harness.greet(host, device)
-    vae, pool = VideoVAE.from_pretrained(harness.ROOT / "data" / "sora-lite" / "vae", device), {}
+    coder = harness.ROOT / "data" / "sora-lite" / "vae"
+    vae, pool, whose = VideoVAE.from_pretrained(coder, device), {}, fingerprint(coder)[:12]
     seen = world_of("shapes", seed=0, pillar=0.1)           # its latents are divided as chapter 2 divides them now
     vae.measure_latents([seen.batch(16, torch.Generator().manual_seed(i))[0].to(device) for i in range(8)])
     for kind, frames, n in (("clips", PIXELS[0], args.pool), ("images", 1, 2 * args.pool)):
-        path = folder / f"coded-{kind}-{n}.pt"
+        path = folder / f"coded-{kind}-{n}-{whose}.pt"
         if not path.is_file():
             world = Shapes(frames=frames, objects=(1, 1), level="ordinary+descriptive")
             coded = encode_world(vae, world, n, 0, batch=32, desc=f"coding {kind}")
             write_atomically(path, lambda p: torch.save(coded, p))
         pool[kind] = torch.load(path, weights_only=True)
 
-    make = lambda name, lr, seed, minutes=args.minutes: Recipe(
-        name, lr, seed, minutes=minutes, looks=args.looks, batch=args.batch, sizes=sizes, prompts=args.prompts, vae=vae, pool=pool,
-        folder=folder, device=device)
+    common = dict(looks=args.looks, batch=args.batch, sizes=sizes, prompts=args.prompts, vae=vae, whose=whose, pool=pool,
+                  folder=folder, device=device)
+    ticks = clocks(partial(Recipe, minutes=args.minutes, **common), folder, device, args.clock, args.eager,
+                   dict(batch=args.batch, sizes=sizes, eager=args.eager, device=device.type))
+    clock = {name: {kind: found["median"] for kind, found in kinds.items()} for name, kinds in ticks.items()}
+    make = lambda name, lr, seed, minutes=args.minutes: Recipe(name, lr, seed, minutes=minutes, clock=clock[name], **common)
 
     def train(arms: list[Recipe], stage: str) -> None:
         with ExitStack() as stack:
@@ -286,10 +321,12 @@ def main() -> None:
         f"of clips), autocast to bfloat16, compiled blocks ({'no' if args.eager else 'both'}), averaging of weights, schedule of "
         f"the learning rate over a training's minutes ({args.minutes:g}; {TARGET * args.minutes:g} for the plain recipe's seeds), "
         f"sampler, guidance, judge ({args.prompts} held-out prompts, {args.looks} looks), {len(rates['ours'])} learning rates each"])
-    result["remarks"] = ["What differs is the recipe. Ours: chapter 5's transformer, Muon, times spread and shifted, stratified, "
-                         "images and beginnings of clips first, a quarter with given tokens. Plain: Wan's transformer, AdamW, "
-                         "uniform times, whole clips."] + ["Learning rates taken: " + ", ".join(
-                             f"{name} {arms[0].lr:g}" for name, arms in runs.items()) + "."]
+    result["remarks"] = [
+        "What differs is the recipe. Ours: chapter 5's transformer, Muon, times spread and shifted, stratified, images and "
+        "beginnings of clips first, a quarter with given tokens. Plain: Wan's transformer, AdamW, uniform times, whole clips.",
+        "Learning rates taken: " + ", ".join(f"{name} {rate:g}" for name, rate in lr.items()) + ".",
+        "Minutes are steps times the seconds of a step, which were measured in turns before all trainings: " + "; ".join(
+            f"{name} {kind} {harness.show(found)}" for name, kinds in ticks.items() for kind, found in kinds.items()) + "."]
     every = {id(arm): arm for arms in [*sweep.values(), *runs.values()] for arm in arms}
     result |= dict(row=3, tiny=args.tiny, machine=host, hours=round(sum(arm.seconds for arm in every.values()) / 3600, 3),
                    options={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()})
