@@ -50,6 +50,8 @@ def chapters(only: list[str] | None = None) -> list[Path]:
     found = sorted(NOTEBOOKS.glob("*.ipynb"), key=lambda p: (p.name[0].isdigit(), p.name))
     # chapter 00 shows the weights; it runs last so that it can show this run's own
     found = [p for p in found if not p.name.startswith("00")] + [p for p in found if p.name.startswith("00")]
+    if lost := [o for o in only or () if not any(p.name.startswith(o) for p in found)]:
+        raise SystemExit(f"no notebook's name begins with {', '.join(lost)}: there are {', '.join(p.stem for p in found)}")
     return [p for p in found if not only or any(p.name.startswith(o) for o in only)]
 
 

@@ -69,7 +69,7 @@ def fill(pipe: SoraLite, latents: Tensor, strength: Tensor | float, prompt: str 
         raise ValueError("every token of a clip is given: there is nothing to make")
     use = lambda name, value: pipe.defaults[name] if value is None else value
     if noise is None:
-        noise = torch.randn(given.shape, generator=generator).to(given)
+        noise = torch.randn(given.shape, generator=generator, device=generator and generator.device).to(given)
     times = schedule(use("num_inference_steps", num_inference_steps), shift_for_tokens(given.shape[1], BASE))
     times = times.to(given)[:, None, None] * strength                                       # [steps + 1, B, n]
     predict = predict or pipe.predictor(prompts * (b // len(prompts)), grid,
@@ -247,7 +247,11 @@ def animate(pipe: SoraLite, image: Source, prompt: str | None | list[str | None]
     still = take(pipe, image, frames=1)
     if still.shape[2] != 1:
         raise ValueError(f"animate takes one picture, got {still.shape[2]} frames: give one of them, or use extend")
-    return extend(pipe, still, prompt, after=(frames or pipe.defaults["frames"]) - 1, **how)
+    frames = pipe.defaults["frames"] if frames is None else frames
+    pipe.latent_grid(frames, *still.shape[3:])             # says which lengths can be made
+    if frames == 1:
+        raise ValueError("animate makes a video of more than one frame: take more frames")
+    return extend(pipe, still, prompt, after=frames - 1, **how)
 
 # %% ../notebooks/09_edit.ipynb #289b389b
 def ring(given: Tensor, made: Tensor, blend: int = 0) -> Tensor:

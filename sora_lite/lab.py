@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import time
@@ -30,6 +29,11 @@ from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 from tqdm.auto import tqdm
+
+try:
+    import resource
+except ImportError:         # on Windows
+    resource = None
 
 PROFILES = ("smoke", "toy", "colab", "gpu", "cluster")
 # dark enough on white, and apart from each other for colour-blind eyes (after Okabe and Ito)
@@ -110,14 +114,16 @@ def _commit() -> str:
 
 def ledger(chapter: str, what: str, *, seconds: float, **figures) -> dict:
     """Append a row to the run's ledger.jsonl and return it."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)  # KiB
+    if resource:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)  # KiB
+        figures["peak_gb"] = round(peak / 1024**2, 2)
     device = {"cuda": torch.cuda.get_device_name, "mps": lambda: "Apple GPU"}.get(
         _device.type, lambda: f"CPU, {os.cpu_count()} cores")()
     if _device.type == "cuda":
         figures["peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 1024**3
     row = dict(chapter=chapter, what=what, seconds=round(seconds, 1),
                **{k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()},
-               peak_gb=round(peak / 1024**2, 2), device=device, torch=torch.__version__, profile=_profile,
+               device=device, torch=torch.__version__, profile=_profile,
                commit=_commit(), when=time.strftime("%Y-%m-%d %H:%M"))
     with open(run_dir() / "ledger.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
@@ -208,17 +214,21 @@ def cached(name: str, make: Callable[[], object], /, **key):
     `cache_path(name, make, **key)`, tensors as safetensors and the rest beside them as JSON. Change a setting, or
     code or constants that `make` uses, and the experiment is made again.
     """
-    path = cache_path(name, make, **key).with_suffix(".safetensors")
+    path = _file_of(cache_path(name, make, **key))
     if not path.is_file():
         _keep(path, make())
     return _kept(path)
+
+
+def _file_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.safetensors")          # not with_suffix: a name may hold a dot
 
 
 def _keep(path: Path, made: object) -> None:
     values = made if isinstance(made, dict) else {}
     tensors = {k: x.detach().cpu().contiguous() for k, x in values.items() if isinstance(x, Tensor)}
     rest = {k: x for k, x in values.items() if k not in tensors} if tensors else made
-    part = path.with_suffix(f".{os.getpid()}")
+    part = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         part.write_bytes(to_bytes(tensors, {"json": json.dumps(rest)}))
         part.replace(path)
@@ -243,6 +253,8 @@ def fingerprint(what: Path | torch.nn.Module | Tensor) -> str:
         parts = [x.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes() for x in tensors]
     else:
         parts = [p.read_bytes() for p in sorted(Path(what).rglob("*.safetensors"))]
+        if not parts:
+            raise FileNotFoundError(f"there are no weights in {what}: give a folder that save_pretrained wrote")
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 # %% ../notebooks/A_lab.ipynb #181d1e8c
@@ -252,7 +264,7 @@ def cached_each(name: str, make: Callable[..., object], settings: dict, /, **key
     A setting counts as part of the `key`. Those not yet made are made side by side, at most four, in processes that
     share the CPU's cores; each is written down as soon as it is there. On a GPU they are made here, in turn.
     """
-    path_of = lambda setting: cache_path(name, make, **setting, **key).with_suffix(".safetensors")
+    path_of = lambda setting: _file_of(cache_path(name, make, **setting, **key))
     paths = {label: path_of(setting) for label, setting in settings.items()}
     todo = {paths[label]: setting for label, setting in settings.items() if not paths[label].is_file()}
     cores = joblib.cpu_count() if _device.type == "cpu" else 1

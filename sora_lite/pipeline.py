@@ -129,20 +129,32 @@ class SoraLite:
                                     f"SoraLite.save_pretrained wrote, such as data/sora-lite")
         try:
             notes = json.loads((folder / "pipeline.json").read_text())
-            notes = dict(patch=notes["patch"], defaults=notes["defaults"])
+            name, notes = notes.get("dit", "DiT"), dict(patch=notes["patch"], defaults=notes["defaults"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder / 'pipeline.json'} cannot be read ({type(error).__name__}: {error}): it is "
                              f"truncated or not one of ours; fetch it or train it again") from error
+        kinds, new = {}, [DiT]                                        # DiT and all that is made of it
+        while new:
+            kinds |= {kind.__name__: kind for kind in new}
+            new = [kind for parent in new for kind in parent.__subclasses__()]
+        if name not in kinds:
+            raise ValueError(f"{folder} holds a transformer of the kind {name}, which is not known here (known: "
+                             f"{', '.join(kinds)}): import the module that defines it first")
         parts = [kind.from_pretrained(folder / name, device)
-                 for kind, name in ((VideoVAE, "vae"), (TextEncoder, "text"), (DiT, "dit"))]
+                 for kind, name in ((VideoVAE, "vae"), (TextEncoder, "text"), (kinds[name], "dit"))]
         return cls(*parts, **notes)
 
     def save_pretrained(self, folder: str | Path, **provenance) -> Path:
-        """Write the three parts and their defaults to a folder; keyword arguments go to provenance.json."""
-        folder = Path(folder)
-        for name, part in (("vae", self.vae), ("text", self.model.text), ("dit", self.model.dit)):
+        """Write the three parts and their defaults to a folder; keyword arguments go to provenance.json. ValueError, before
+        anything is written, if a part cannot be saved."""
+        folder, parts = Path(folder), dict(vae=self.vae, text=self.model.text, dit=self.model.dit)
+        for name, part in parts.items():
+            if not hasattr(part, "save_pretrained"):
+                raise ValueError(f"the part {name} of this pipeline, a {type(part).__name__}, cannot be saved: save the other "
+                                 f"parts one by one, and put them together again with SoraLite(vae, text, dit)")
+        for name, part in parts.items():
             part.save_pretrained(folder / name)
-        notes = {"pipeline.json": dict(patch=self.patch, defaults=self.defaults)}
+        notes = {"pipeline.json": dict(patch=self.patch, defaults=self.defaults, dit=type(self.model.dit).__name__)}
         for name, content in (notes | ({"provenance.json": provenance} if provenance else {})).items():
             write_atomically(folder / name, lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
         return folder
@@ -208,7 +220,7 @@ class SoraLite:
         n = grid[0] * grid[1] * grid[2]
         if noise is None:
             shape = len(prompts), n, self.model.dit.config["channels"]
-            noise = torch.randn(shape, generator=generator).to(self.device)
+            noise = torch.randn(shape, generator=generator, device=generator and generator.device).to(self.device)
         predict = predict or self.predictor(prompts, grid, guidance_scale=guidance_scale, bf16=bf16)
         options = dict(shift=shift_for_tokens(n, BASE)) | options
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):     # held over all steps: weights are rounded once

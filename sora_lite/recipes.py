@@ -103,7 +103,7 @@ def openvid(folder: str | Path, table: str = "data/train/OpenVid-1M.csv", **size
         rows = csv.DictReader(file)
         if not {"video", "caption"} <= set(rows.fieldnames or ()):
             raise ValueError(f"{folder / table} must have columns video and caption, has {rows.fieldnames}")
-        listed = [(folder / "video" / row["video"], row["caption"]) for row in rows]
+        listed = [(folder / "video" / row["video"], row["caption"] or "") for row in rows if row["video"]]
     return _there("OpenVid-1M", listed, folder, **size)
 
 
@@ -124,7 +124,7 @@ def panda70m(folder: str | Path, **size) -> Videos:
         if isinstance(caption, str) and caption.startswith("["):
             with contextlib.suppress(ValueError, SyntaxError):
                 caption = ast.literal_eval(caption)              # a list, written as Python prints it
-        listed.append((path, caption[0] if isinstance(caption, list) else caption))
+        listed.append((path, next(iter(caption), "") if isinstance(caption, list) else caption))
     return _there("Panda-70M", listed, Path(folder), **size)
 
 # %% ../notebooks/16_scale.ipynb #3a338851

@@ -79,7 +79,7 @@ def prompt_at(scenes: Scenes, second: float) -> str:
 
 def noised(latents: Tensor, levels: Tensor, generator: torch.Generator) -> Tensor:
     """Latents `[B, Z, t, h, w]` with noise of a level of its own for each frame `[t]` (rectified flow)."""
-    eps = torch.randn(latents.shape, generator=generator).to(latents)
+    eps = torch.randn(latents.shape, generator=generator, device=generator and generator.device).to(latents)
     return torch.lerp(latents, eps, levels.to(latents).view(-1, 1, 1))
 
 # %% ../notebooks/11_rollout.ipynb #80819a78
@@ -131,7 +131,8 @@ class Rollout:
             progress = noised(window[:, :, finished:], self.times[0, c:self.grid[0] - self.done], generator)
         else:
             begin = vae.encode(self.tail)
-            fresh = torch.randn(*begin.shape[:2], self.done, *begin.shape[3:], generator=generator).to(begin)
+            fresh = torch.randn(*begin.shape[:2], self.done, *begin.shape[3:], generator=generator,
+                                device=generator and generator.device).to(begin)
             seen = noised(begin, self.times[0, :c], generator)
             tokens, _ = patchify(torch.cat([seen, self.progress, fresh], 2), self.pipe.patch)
             times = self.times.repeat_interleave(self.grid[1] * self.grid[2], 1).to(tokens)        # [k + 1, N]

@@ -16,8 +16,9 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +92,10 @@ class Settings:
                 near = difflib.get_close_matches(str(name), known, 1)
                 hint = f" (did you mean {near[0]}?)" if near else ""
                 raise ValueError(f"{where}: there is no setting {name!r}{hint}; there are {', '.join(known)}")
+        given, floats = dict(given), {field.name for field in dataclasses.fields(cls) if field.type is float}
+        for name in floats & {name for name, value in given.items() if isinstance(value, str)}:
+            with suppress(ValueError):
+                given[name] = float(given[name])            # YAML takes 1e-3, without a dot, for a word
         return cls(**given)
 
     @classmethod
@@ -135,11 +140,11 @@ def check(settings: Settings, processes: int = 1) -> None:
     if shards < s.parts:
         raise ValueError(f"{s.parts} parts need as many shards, but there are {shards}: take fewer parts, or smaller "
                          f"shards (per_shard) or more clips")
-    if ready and card_of(s.data)["vae"] != fingerprint(Path(s.vae)):
-        raise ValueError(f"the shards in {s.data} were coded by another autoencoder than {s.vae}: set vae to the one "
-                         f"that made them, or make them again")
     with torch.random.fork_rng([]):                      # nobody's random numbers change
         vae = VideoVAE.from_pretrained(s.vae)
+        if ready and card_of(s.data)["vae"] != fingerprint(Path(s.vae)):
+            raise ValueError(f"the shards in {s.data} were coded by another autoencoder than {s.vae}: set vae to the one "
+                             f"that made them, or make them again")
         with torch.device("meta"):                       # shapes without numbers: refuses sizes that cannot be
             model = build(s, [], vae.config["channels"])
     SoraLite(vae, model.text, model.dit).latent_grid(s.frames, s.height, s.width)
@@ -158,6 +163,9 @@ def run(settings: Settings) -> Path:
         world = world_of(s.data, s.height, s.width, s.frames, seed=s.seed, keep=out)
         write_shards(data, world, s.vae, clips=s.clips, per_shard=s.per_shard, seed=s.seed,
                      share=(crew.rank, crew.world), jobs=1, device=crew.device)
+        wanted = [data / f"shard-{k:06d}.tar" for k in range(math.ceil(s.clips / s.per_shard))]
+        while crew.world > 1 and not all(tar.is_file() for tar in wanted):
+            time.sleep(1)                               # others still code; a barrier would give up after `timeout`
         crew.accelerator.wait_for_everyone()
     decides = dict(data=card_of(data)) | {name: getattr(s, name) for name in (
         "model_width", "depth", "heads", "conv_depth", "conv_width", "batch_size", "workers")}

@@ -6,6 +6,7 @@ __all__ = ['LATENTS', 'MADE', 'clips_of', 'encode_clips', 'write_shard', 'shards
 
 # %% ../notebooks/16_scale.ipynb #9c0dd9b2
 """Shards of latents: written in parallel, resumable; read as a stream, each process and worker its own."""
+import hashlib
 import io
 import itertools
 import json
@@ -128,9 +129,14 @@ def _same_making(shard: str | Path, found: dict, made: dict) -> None:
 
 # %% ../notebooks/16_scale.ipynb #50180f87
 def _options_of(source) -> dict:
-    """The plain settings of a world, and of the worlds that it mixes."""
+    """The plain settings of a world, what files it reads with which captions, and the same of the worlds that it mixes."""
     plain = {key: value for key, value in getattr(source, "__dict__", {}).items()
              if isinstance(value, (str, int, float, tuple, Path))}
+    files = getattr(source, "files", ())            # a folder asks for the captions, a list has them beside the paths
+    told = [(path, source.caption(path)) for path in files] if isinstance(files, dict) else files
+    if told:
+        listed = [(path.name, path.stat().st_size if path.is_file() else None, caption) for path, caption in told]
+        plain["contents"] = hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:12]
     mixed = [_options_of(world) for world in getattr(source, "worlds", ())]
     return plain | ({"worlds": mixed} if mixed else {})
 

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['orthogonalize', 'local', 'gathered', 'shard', 'Muon', 'optimizers', 'rate', 'History', 'compiled', 'averaged',
-           'keep_memory', 'Engine', 'same_plan', 'generator_of', 'fit', 'load_checkpoint', 'Pretrained']
+           'keep_memory', 'Engine', 'plain', 'same_plan', 'generator_of', 'fit', 'load_checkpoint', 'Pretrained']
 
 # %% ../notebooks/02_compression.ipynb #f22b1fb8
 """One training loop: Muon and AdamW, EMA, checkpoints that resume to the bit."""
@@ -11,6 +11,7 @@ import importlib.util
 import io
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -29,7 +30,7 @@ from .video import write_atomically
 
 
 def orthogonalize(m: Tensor, rounds: int = 5) -> Tensor:
-    """The matrix U V^T nearest to each of `[B, r, c]` matrices, up to a few per cent (Jordan 2024).
+    """The matrix U V^T nearest to each of `[B, r, c]` matrices, roughly: singular values come out between 0.7 and 1.2 (Jordan 2024).
 
     Newton-Schulz with the quintic 3.4445 x - 4.7750 x^3 + 2.0315 x^5, in bfloat16.
     """
@@ -83,7 +84,10 @@ class Muon(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            means = [local(self.state[p].setdefault("mean", torch.zeros_like(p.grad))) for p in params]
+            for p in params:
+                if "mean" not in self.state[p]:
+                    self.state[p]["mean"] = torch.zeros_like(p.grad)
+            means = [local(self.state[p]["mean"]) for p in params]
             grads = [local(p.grad) for p in params]
             torch._foreach_lerp_(means, grads, 1 - group["momentum"])      # all at once: on a GPU a launch costs more than it does
             ahead = torch._foreach_lerp(grads, means, group["momentum"])
@@ -138,13 +142,17 @@ class History:
 def compiled(modules: Iterable[nn.Module], device="cpu"):
     """While open, `torch.compile` stands in for the forward pass of each module (blocks of one kind are compiled once).
 
-    Where the machine has no C++ compiler (or no Triton for a GPU), nothing is changed, and a line says so.
+    Where the compiler that PyTorch would call is not there (a C++ compiler; Triton and a C compiler for a GPU), nothing is
+    changed, and a line says so.
     """
-    modules, missing = list(modules), None
-    if torch.device(device).type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
-        missing = "no C++ compiler was found"
-    if torch.device(device).type == "cuda" and not importlib.util.find_spec("triton"):
+    modules, missing, kind = list(modules), None, torch.device(device).type
+    cxx = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    if kind == "cpu" and not shutil.which(cxx):
+        missing = f"no C++ compiler {cxx} was found"
+    if kind == "cuda" and not importlib.util.find_spec("triton"):
         missing = "Triton is not installed"
+    elif kind == "cuda" and not any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang", "cl")))):
+        missing = "no C compiler was found, which Triton needs"
     if missing:
         print(f"{missing}: training goes on without torch.compile, somewhat slower")
     else:
@@ -231,9 +239,14 @@ class Engine:
         return state["history"]
 
 
+def plain(plan: dict) -> dict:
+    """A plan as JSON gives it back, which any checkpoint can hold: NumPy's numbers are numbers, paths are strings."""
+    return json.loads(json.dumps(plan, default=lambda x: x.item() if hasattr(x, "item") else str(x)))
+
+
 def same_plan(path: Path, found: dict, plan: dict) -> None:
     """ValueError unless the checkpoint at `path` was made by this plan."""
-    if found != plan:
+    if plain(found) != plain(plan):
         raise ValueError(f"{path} belongs to another run ({found}, now {plan}): delete it or choose another folder")
 
 
@@ -276,12 +289,12 @@ def fit(model: nn.Module, batch: Callable | Sequence[Callable], loss: Callable, 
     model.zero_grad(set_to_none=True)                     # of a step that was interrupted, or only counted
     params = [p for p in model.parameters() if p.requires_grad]
     average = [local(p.detach()).clone() for p in params]
-    opts = optimizers(model, lr, matrix_lr)
+    opts = optimizers(model, float(lr), float(matrix_lr))      # a checkpoint holds them, and no number of NumPy's
     base = [[g["lr"] for g in o.param_groups] for o in opts]
     plan = dict(steps=steps, seed=seed, lr=lr, matrix_lr=matrix_lr, warmup=warmup, schedule=schedule, decay=decay, ema=ema,
                 clip=clip, bf16=bf16, model=str(getattr(model, "config", type(model).__name__.removeprefix("FSDP"))))
     plan |= {"parts": parts} if parts > 1 else {}
-    plan |= {"settings": settings} if settings else {}
+    plan = plain(plan | ({"settings": settings} if settings else {}))
     save = lambda: folder and engine.save(folder, plan, model, average, opts, vars(history))
 
     def stop(why: str) -> None:
@@ -301,7 +314,7 @@ def fit(model: nn.Module, batch: Callable | Sequence[Callable], loss: Callable, 
             buffers = [b.clone() for b in model.buffers()]
             for o, lrs in zip(opts, base):
                 for group, value in zip(o.param_groups, lrs):
-                    group["lr"] = value * rate(step, steps, warmup=warmup, schedule=schedule, decay=decay)
+                    group["lr"] = float(value * rate(step, steps, warmup=warmup, schedule=schedule, decay=decay))
             figures: dict[str, Tensor | float] = {}
             for part in mine:
                 generator = generator_of(seed, step, part)

@@ -135,7 +135,7 @@ class Crafter(World):
         except (ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is no whole shard ({error}): delete it, run again") from None
         self.names = self.rows.pop("names").tolist()
-        self.height, self.width, self.frames, self.fps = height, width, frames, fps
+        self.height, self.width, self.frames, self.fps, self.steps, self.seed = height, width, frames, fps, steps, seed
         episode = self.rows["episode"]
         last = np.arange(frames - 1, max(frames - 1, len(episode)))
         self.starts = np.flatnonzero(episode[last] == episode[last - frames + 1])
@@ -267,7 +267,11 @@ def read_captions(folder: Path) -> dict[str, str]:
         rows = csv.DictReader(io.StringIO(_text(table), newline=""))
         if not {"file", "caption"} <= set(rows.fieldnames or []):
             raise ValueError(f"{table} needs the columns file and caption, it has {rows.fieldnames}")
-        found |= {row["file"]: row["caption"] or "" for row in rows}
+        for row in rows:
+            if None in row:                                        # more cells than columns
+                raise ValueError(f"{table}, line {rows.line_num}: there are more commas than columns; put a caption that "
+                                 f"has commas in double quotes")
+            found[row["file"]] = row["caption"] or ""
     if lines.is_file():
         for number, line in enumerate(_text(lines).splitlines(), 1):
             try:
@@ -309,6 +313,10 @@ class Folder(World):
             except (ValueError, OSError) as error:
                 self._leave_out(path, error)
         self._insist()
+        names = {name for path in found for name in (path.name, path.relative_to(self.folder).as_posix())}
+        if lost := [name for name in self.captions if name and name not in names]:
+            print(f"{len(lost)} of {len(self.captions)} captions in captions.csv or .jsonl are of no video here ({lost[0]!r}, for "
+                  f"one): a file's name is needed with its ending, such as clip.mp4")
 
     def _leave_out(self, path: Path, error: Exception) -> None:
         self.files.pop(path, None)

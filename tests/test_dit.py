@@ -278,6 +278,28 @@ def test_the_pipeline_travels(pipe, tmp_path):
         SoraLite.from_pretrained(tmp_path / "q")
 
 
+@pytest.mark.parametrize("kind", KINDS[1:])
+@torch.no_grad()
+def test_a_pipeline_with_another_transformer_travels(kind, tmp_path):
+    model = denoiser(kind)
+    pipe = SoraLite(VideoVAE(4, widths=(8, 8)), model.text, model.dit)
+    back = SoraLite.from_pretrained(pipe.save_pretrained(tmp_path / "p"))
+    assert type(back.model.dit) is kind and back.model.dit.config == model.dit.config
+    notes = tmp_path / "p" / "pipeline.json"
+    notes.write_text(notes.read_text().replace(f'"{kind.__name__}"', '"Sora"'))
+    with pytest.raises(ValueError, match="of the kind Sora, which is not known here .known: DiT, .*import the module"):
+        SoraLite.from_pretrained(tmp_path / "p")
+
+
+def test_a_pipeline_with_a_part_that_cannot_be_saved_says_so_before_it_writes(tmp_path):
+    model, text = denoiser(), torch.nn.Identity()
+    text.rim = ()
+    pipe = SoraLite(VideoVAE(4, widths=(8, 8)), text, model.dit)
+    with pytest.raises(ValueError, match="the part text of this pipeline, a Identity, cannot be saved"):
+        pipe.save_pretrained(tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+
+
 @pytest.mark.parametrize("t", [1, 2, 3, 5])
 def test_gradients_in_bfloat16_are_those_in_float32(t, generator):
     """On two latent frames they once were not: a 3-D convolution's gradient held whatever lay in memory."""

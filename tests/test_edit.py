@@ -238,6 +238,10 @@ def test_numbers_of_frames_that_do_not_fit_are_named():
         extend(PIPE, clip(5, n=2), [PROMPT] * 3, after=4)
     with pytest.raises(ValueError, match="one picture, got 5 frames"):
         animate(PIPE, clip(5), PROMPT)
+    with pytest.raises(ValueError, match="16 frames of .* do not fit. The nearest size that does: 17 frames"):
+        animate(PIPE, clip(1), PROMPT, frames=16)
+    with pytest.raises(ValueError, match="more than one frame"):
+        animate(PIPE, clip(1), PROMPT, frames=1)
     with pytest.raises(ValueError, match="at most 1, or a larger context"):
         loop(PIPE, clip(17), PROMPT, blend=3, context=1)
     with pytest.raises(ValueError, match="never saw the word"):

@@ -274,6 +274,26 @@ def test_cached_each_makes_side_by_side_what_is_missing_and_keeps_the_order(tmp_
         lab.cached_each("06-fails", fails, {x: dict(x=x) for x in (1, 2)})
 
 
+def test_a_name_with_a_dot_keeps_its_settings_apart():
+    lab.start("smoke", 0)
+    assert [lab.cached("06-lr0.1", lambda: 1, a=1), lab.cached("06-lr0.1", lambda: 2, a=2), lab.cached("06-lr0.1", lambda: 1, a=1)] == [1, 2, 1]
+    assert lab.cached_each("06-lr0.2", lambda a: a, {k: dict(a=k) for k in (1, 2)}) == {1: 1, 2: 2}
+
+
+def test_where_no_weights_are_there_is_no_fingerprint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no weights in .*nowhere"):
+        lab.fingerprint(tmp_path / "nowhere")
+
+
+def test_the_lab_opens_where_there_is_no_resource_module(tmp_path):
+    """As on Windows."""
+    script = ("import sys; sys.modules['resource'] = None\n"
+              "from sora_lite import lab, shards, studio\n"
+              "lab.start('smoke', 0)\n"
+              "assert 'peak_gb' not in lab.ledger('00', 'x', seconds=1.0)")
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+
+
 def test_fingerprint_changes_with_the_weights_and_not_with_the_rest(tmp_path):
     from safetensors.torch import save_file
     save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")

@@ -1,6 +1,8 @@
 """Chapter 03: patches, places, packing, attention that keeps clips apart, dropped tokens."""
 import itertools
+import math
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -241,6 +243,19 @@ def test_best_fit_decreasing_beats_greedy_on_streams():
         greedy, best = greedy_pack(lengths, 768), best_fit_decreasing(lengths, 768)
         assert len(best) <= len(greedy)
         assert sum(lengths) / (len(best) * 768) >= 0.97
+
+
+def test_the_stream_of_the_chapter_is_filled_to_98_percent():
+    """The chapter's own claim, at its own sizes, which the smoke profile makes smaller."""
+    import nbformat
+
+    cells = [c.source for c in nbformat.read(Path(__file__).parents[1] / "notebooks" / "03_patches.ipynb", 4).cells if c.cell_type == "code"]
+    cell = lambda text: next(c for c in cells if text in c)
+    space = dict(random=random, math=math, best_fit_decreasing=best_fit_decreasing, greedy_pack=greedy_pack)
+    for text in ("profile =", "def native(", "def real_share("):
+        exec(cell(text).split("windows = [")[0], space)
+    assert space["real_share"](best_fit_decreasing, space["window"]) >= 0.98
+    assert space["window"] == 256 and space["stream_clips"] == len(space["lengths"]) == 2048
 
 
 def test_clips_that_fit_nowhere_are_refused():

@@ -1,5 +1,7 @@
 """Many processes compute what one does; a killed one is named; shards lose and repeat nothing; formulas meet counts."""
+import dataclasses
 import json
+import math
 import os
 import re
 import signal
@@ -22,10 +24,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sora_lite import scaling
 from sora_lite.budget import (Batch, Machine, activation_bytes, bill, flops_of_step, how_to_shard, muon_cost, peak_bytes,
-                              peak_of_training, peak_rate, shape_of, state_bytes, video_tokens)
+                              peak_of_training, peak_rate, shape_of, state_bytes, training_flops, video_tokens)
 from sora_lite.crew import Crew, accelerator, recomputed
 from sora_lite.pipeline import SoraLite, flow_loss
-from sora_lite.recipes import CARDS, MovingMNIST, openvid, panda70m, something_something, ucf101
+from sora_lite.recipes import CARDS, MovingMNIST, Videos, openvid, panda70m, something_something, ucf101
 from sora_lite.scale import Settings, build, launch, main, run, what_ended
 from sora_lite.shapes import Shapes
 from sora_lite.shards import Stream, card_of, longest_caption, read_shards, vocabulary_of, write_shards
@@ -340,6 +342,13 @@ def test_settings_are_checked(tmp_path, capsys):
                       ({"warmup": -1}, "warmup is too small"), ({"timeout": float("nan")}, "timeout must be a number")):
         with pytest.raises(ValueError, match=word):
             Settings.of(bad)
+    file.write_text("lr: 1e-3\nmatrix_lr: 2E-2\ntimeout: 60\n")           # to YAML the first two are words
+    assert (Settings.read(file).lr, Settings.read(file).matrix_lr) == (1e-3, 2e-2)
+    file.write_text(json.dumps(dataclasses.asdict(Settings(lr=1e-5))))       # as `launch` writes it
+    assert Settings.read(file).lr == 1e-5
+    file.write_text("lr: fast\n")
+    with pytest.raises(ValueError, match="lr must be of type float, got 'fast'"):
+        Settings.read(file)
     file.write_text("steps: [")
     with pytest.raises(ValueError, match="not a YAML file"):
         Settings.read(file)
@@ -356,6 +365,7 @@ def test_what_a_machine_cannot_train_is_a_sentence_before_anything_runs(tmp_path
                                  ({"data": "nowhere"}, 1, "shapes, crafter, photographs, several of them joined by"),
                                  ({"parts": 8}, 1, "8 parts need as many shards, but there are 4"), (shards | {"parts": 9}, 1, "there are 8"),
                                  (shards | {"vae": str(other)}, 1, "coded by another autoencoder"),
+                                 (shards | {"vae": str(tmp_path / "vea")}, 1, "vea holds no config.json"),
                                  ({"vae": str(tmp_path)}, 1, "holds no config.json"), ({"heads": 3}, 1, "even number of channels"),
                                  ({"frames": 8}, 1, "nearest size"), ({"height": 40}, 1, "nearest")):
         settings = settings_of(tmp_path, **{"vae": vae} | bad)
@@ -492,6 +502,22 @@ def test_state_is_what_a_training_holds():
         assert state_bytes(scaling.build(32, 1)) == state
 
 
+@pytest.mark.parametrize("width, depth, grid", [(128, 4, (5, 4, 4)), (256, 8, (5, 8, 8)), (512, 4, (5, 8, 8))])
+def test_bills_and_plans_rest_on_what_was_counted(width, depth, grid):
+    """`training_flops` and `how_to_shard` know a model by its size alone: here, beside formulas that are held to measurements."""
+    with torch.device("meta"):
+        model = scaling.build(width, depth)
+    tokens = math.prod(grid)
+    counted = flops_of_step(model, Batch([tokens], [16]))
+    blocks = sum(p.numel() for b in model.dit.blocks for part in (b.attention, b.mlp) for p in part.parameters())
+    weights, attention = training_flops(blocks, depth, width, tokens)
+    assert weights == pytest.approx(counted["weights"], rel=0.05) and attention == pytest.approx(counted["attention"], rel=0.05)
+    kept = activation_bytes(model, Batch([tokens], [16]), fused=True)["blocks"] / (tokens * width * depth)
+    parameters = 12 * 2 * 4096 ** 2 * 16                                 # of these, all on one GPU with room for everything
+    plan, (deep, wide) = how_to_shard(parameters, 1000, Machine(memory=1e15)), shape_of(parameters)
+    assert plan["strategy"] == "one GPU" and plan["activations"] / (1000 * deep * wide) == pytest.approx(kept, rel=0.05)
+
+
 def test_the_planner_counts_tokens_bills_and_shards():
     assert video_tokens(60, 30, 1080, 1920) == 451 * 68 * 120
     assert video_tokens(1 / 24, 24, 256, 256, (4, 8, 8)) == 16 * 16                    # an image is a video of one frame
@@ -572,6 +598,8 @@ def test_openvid(tmp_path):
     table.parent.mkdir(parents=True)
     table.write_text('video,caption,aesthetic score,fps\ncelebv_a.mp4,"A man, smiling, says ""yes""",5.1,24\n')
     check(openvid(tmp_path, **SIZE), ['A man, smiling, says "yes"'], 0.2)
+    table.write_text("video,caption\nceleb.mp4\ncelebv_a.mp4\n")            # rows that end early
+    assert [caption for _, caption in openvid(tmp_path).files] == [""]
     table.write_text("name,text\na,b\n")
     with pytest.raises(ValueError, match="columns video and caption"):
         openvid(tmp_path)
@@ -584,6 +612,8 @@ def test_panda70m(tmp_path):
     (tmp_path / "00000" / "0000_00001.json").write_text('{"caption": "a cat, \'sleeping\'"}')
     (tmp_path / "00000" / "0000_00002.txt").write_text("['two men talk', 'a street']")
     check(panda70m(tmp_path, **SIZE), ["a dog runs", "a cat, 'sleeping'", "two men talk"], 0.0)
+    (tmp_path / "00000" / "0000_00002.txt").write_text("[]")
+    assert [caption for _, caption in panda70m(tmp_path).files] == ["a dog runs", "a cat, 'sleeping'", ""]
     with pytest.raises(FileNotFoundError, match="Panda-70M"):
         panda70m(tmp_path / "no")
 
@@ -635,6 +665,28 @@ def test_a_folder_of_videos_goes_into_shards(tmp_path, vae):
     samples = list(read_shards(tmp_path / "shards"))
     assert len(samples) == 6 and {text for _, text, _ in samples} <= {"film 0", "film 1", ""}
     assert all(about["source"].endswith(".mp4") and about["video"] == [3, 5, 16, 16] for _, _, about in samples)
+
+
+def test_shards_of_films_that_have_changed_are_refused(tmp_path, vae):
+    films, frames = tmp_path / "films", dict(height=16, width=16, frames=5, fps=8)
+    for i in range(2):
+        film(films / f"{i}.mp4", i / 4)
+        (films / f"{i}.txt").write_text(f"film {i}")
+    write = lambda: write_shards(tmp_path / "shards", Folder(films, **frames), vae, clips=4, per_shard=2, jobs=1)
+    before = [path.stat().st_mtime_ns for path in write()]
+    assert [path.stat().st_mtime_ns for path in write()] == before            # nothing has changed, nothing is made
+    (films / "0.txt").write_text("another film")
+    with pytest.raises(ValueError, match="was made otherwise .*options"):
+        write()
+    (films / "0.txt").write_text("film 0")
+    write()
+    film(films / "1.mp4", 0.25, frames=12)
+    with pytest.raises(ValueError, match="was made otherwise .*options"):
+        write()
+    lists = [Videos("mine", [(films / f"{i}.mp4", "a film")], **frames) for i in range(2)]
+    write_shards(tmp_path / "listed", lists[0], vae, per_shard=2, jobs=1)
+    with pytest.raises(ValueError, match="was made otherwise .*options"):
+        write_shards(tmp_path / "listed", lists[1], vae, per_shard=2, jobs=1)
 
 
 def test_films_without_captions_are_trained_on(tmp_path, vae, capfd):

@@ -140,8 +140,10 @@ def test_impossible_worlds(options):
 def test_oracle_reads_every_attribute(clips, options):
     world = Shapes(**options)
     cast = world.cast(clips, seeded(11))
-    scores = oracle.fidelity(world.scenes(cast), world.render(cast))
+    scores = oracle.fidelity(world.scenes(cast), world.render(cast), where=True)
     assert all(scores[key] >= (0.99 if clips >= 50 else 0.95) for key in oracle.ATTRIBUTES), scores
+    # a place has hard borders, and a figure that starts hidden is guessed (chapter 1)
+    assert scores["place"] >= (0.98 if clips >= 50 else 0.85), scores
 
 
 def test_oracle_survives_a_video_file(tmp_path):

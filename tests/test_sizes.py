@@ -17,7 +17,7 @@ from sora_lite.sizes import (WAYS, PaddedDiT, ScaledDiT, box_share, bucketed_bat
                              held_out_losses, mean_and_error, middle_square, packed_batches, padded_batches, peak_memory,
                              read_all, scaled_rope, score_at, share_inside, tiled_decode)
 from sora_lite.text import TextEncoder
-from sora_lite.vae import VideoVAE
+from sora_lite.vae import VideoVAE, psnr
 
 
 def lively(module):
@@ -251,5 +251,13 @@ def test_the_weights_that_come_with_the_book_load_and_obey():
     assert sum(p.stat().st_size for p in (ROOT / "data").rglob("*") if p.is_file()) <= 16_000_000
     provenance = json.loads((folder / "provenance.json").read_text())
     assert {"seed", "train_steps", "commit", "seconds", "fidelity", "fidelity_two"} <= set(provenance)
-    rows, _ = score_at(SoraLite.from_pretrained(folder), 17, 64, 64, 16, real=False)
+    pipe = SoraLite.from_pretrained(folder)
+    rows, _ = score_at(pipe, 17, 64, 64, 16, real=False)
     assert rows["sampled"][:, -1].mean() >= 0.75                        # of 16 prompts: broken weights, not weak ones
+    world, seed = Shapes(split="test", objects=(2, 2)), torch.Generator().manual_seed(5)
+    cast = world.cast(16, seed)
+    scenes, real = world.scenes(cast), world.render(cast)
+    back = pipe.vae.decode(pipe.vae.encode(real))
+    assert oracle.fidelity(scenes, back)["all"] >= 0.9 and psnr(back, real).mean() > 31
+    made = pipe([caption(scene) for scene in scenes], generator=seed)
+    assert oracle.fidelity(scenes, made)["all"] >= 0.5

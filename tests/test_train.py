@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from sora_lite.train import Engine, Muon, Pretrained, fit, orthogonalize, rate
+from sora_lite.train import Engine, Muon, Pretrained, compiled, fit, orthogonalize, rate
 from sora_lite.video import write_atomically
 
 SCRIPT = """
@@ -107,6 +107,34 @@ def test_a_truncated_checkpoint_and_one_of_another_run_are_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ValueError, match="truncated"):
         tiny(folder=tmp_path)
+
+
+def test_numbers_of_numpy_and_paths_in_a_plan_do_not_spoil_its_checkpoints(tmp_path):
+    import numpy as np
+    plan = dict(lr=np.geomspace(1e-4, 1e-2, 3)[1], settings={"pool": np.int64(4), "from": tmp_path, "size": (2, 3)})
+    first = tiny(folder=tmp_path, **plan)[0]
+    again, history = tiny(folder=tmp_path, **plan)
+    assert history.steps == 12 and torch.equal(first.weight, again.weight)
+    with pytest.raises(ValueError, match="belongs to another run"):
+        tiny(folder=tmp_path, **plan | dict(settings=plan["settings"] | {"size": (2, 4)}))
+
+
+@pytest.mark.parametrize("device, there, compiler, said", [
+    ("cpu", ["c++", "clang++"], None, "no C++ compiler g++ was found"), ("cpu", ["g++"], None, ""), ("cpu", ["g++"], "/opt/mine", "/opt/mine"),
+    ("cpu", ["/opt/mine"], "/opt/mine", ""), ("cuda", ["gcc"], None, ""), ("cuda", [], None, "no C compiler was found")])
+def test_without_the_compiler_that_pytorch_calls_nothing_is_compiled(device, there, compiler, said, monkeypatch, capsys):
+    module = nn.Linear(2, 2)
+    monkeypatch.setattr("sora_lite.train.shutil.which", lambda name: name if name in there else None)
+    monkeypatch.setattr("sora_lite.train.importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("sora_lite.train.sys.platform", "linux")
+    for name, value in (("CXX", compiler), ("CC", None)):
+        monkeypatch.delenv(name, raising=False)
+        if value:
+            monkeypatch.setenv(name, value)
+    with compiled([module], device):
+        assert (module._compiled_call_impl is None) == bool(said)
+    printed = capsys.readouterr().out
+    assert said in printed and ("goes on without torch.compile" in printed) == bool(said)
 
 
 OTHERS = [dict(lr=1e-4), dict(matrix_lr=1e-4), dict(warmup=3), dict(decay=0.1), dict(ema=0.5), dict(clip=9.0), dict(bf16=False),

@@ -211,10 +211,23 @@ def test_wrong_caption_files_are_named(clips):
     (clips / "captions.csv").write_text("name,text\na.mp4,x\n")
     with pytest.raises(ValueError, match="captions.csv needs the columns file and caption"):
         Folder(clips)
+    (clips / "captions.csv").write_text("file,caption\na.mp4,a ball\nb.webm,a ball rolls left, then stops\n")
+    with pytest.raises(ValueError, match="captions.csv, line 3: .* in double quotes"):
+        Folder(clips)
     (clips / "captions.csv").unlink()
     (clips / "captions.jsonl").write_text('{"file": "a.mp4", "caption": "x"}\nnot json\n')
     with pytest.raises(ValueError, match="captions.jsonl, line 2"):
         Folder(clips)
+
+
+def test_captions_of_no_video_are_told(clips, capsys):
+    (clips / "captions.csv").write_text("file,caption\na,a grey wall\ndeep/b.webm,white\n")
+    Folder(clips)
+    said = capsys.readouterr().out
+    assert "1 of 2 captions" in said and "'a', for one" in said and "with its ending" in said
+    (clips / "captions.csv").write_text("file,caption\na.mp4,a grey wall\ndeep/b.webm,white\n")
+    Folder(clips)
+    assert "captions" not in capsys.readouterr().out
 
 
 def test_a_folder_without_one_good_video(tmp_path):

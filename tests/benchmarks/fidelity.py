@@ -1,6 +1,6 @@
 """Row 3: minutes to 80% and 90% prompt fidelity, our recipe beside diffusers' Wan transformer with a plain one.
 
-`make bench-fidelity`, or `python tests/benchmarks/fidelity.py --minutes 18`. It runs for hours. Each contender trains for
+`make bench-fidelity`, or `python tests/benchmarks/fidelity.py --minutes 24`. It runs for hours. Each contender trains for
 that time with three learning rates; with the best of them the plain recipe trains under three seeds for three times as
 long, which is what it would need to be within the target, and ours under two seeds more. Trainings of a stage take
 turns, each piece is written down, and a killed run goes on where it stopped.
@@ -253,7 +253,7 @@ def report(runs: dict[str, list[Recipe]], sweep: dict[str, list[Recipe]], equals
 
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parse.add_argument("--minutes", type=float, default=18,
+    parse.add_argument("--minutes", type=float, default=24,
                        help="of training steps; the plain recipe's seeds get three times as many")
     parse.add_argument("--clock", type=float, default=180, help="seconds for measuring the seconds of a step")
     parse.add_argument("--looks", type=int, default=6, help="how often in a training fidelity is judged")
