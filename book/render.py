@@ -1,10 +1,13 @@
 """Render the book from the notebooks of a run: `python book/render.py --profile toy`."""
 import argparse
+import ast
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = ("seconds", "fidelity", "psnr")
@@ -24,6 +27,16 @@ def ledger_table(rows: list[dict]) -> str:
     return head + "".join("| " + " | ".join(str(r.get(c, "")) for c in columns) + " |\n" for r in rows)
 
 
+def without_repeats(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """A run's notebook without the cell of parameters that papermill put in, if it only repeats those above it."""
+    plain = lambda cell: {n.targets[0].id: ast.literal_eval(n.value) for n in ast.parse(cell.source).body if isinstance(n, ast.Assign)}
+    tagged = lambda tag: [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
+    given = {name: value for cell in tagged("parameters") for name, value in plain(cell).items()}
+    repeats = [cell for cell in tagged("injected-parameters") if plain(cell).items() <= given.items()]
+    notebook.cells = [cell for cell in notebook.cells if cell not in repeats]
+    return notebook
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile", default="toy")
@@ -37,7 +50,7 @@ def main() -> None:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for notebook in run.glob("[0-9A]*.ipynb"):
         if not notebook.name.endswith(".part.ipynb"):
-            shutil.copy(notebook, source / "notebooks")
+            nbformat.write(without_repeats(nbformat.read(notebook, 4)), source / "notebooks" / notebook.name)
     page = source / "book" / "ledger.md"
     if rows:
         page.write_text(page.read_text().split("<!-- rows -->")[0] + "<!-- rows -->\n\n" + ledger_table(rows))

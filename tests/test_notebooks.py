@@ -1,5 +1,6 @@
 """What holds for every notebook: tags, sizes, profiles, export in step, one address, earlier modules only."""
 import ast
+import json
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ from papermill.parameterize import parameterize_notebook
 
 import address
 import export
+import render
 import run
 import store
 from sora_lite import lab
@@ -214,3 +216,39 @@ def test_a_chapter_runs_with_its_parameters_and_an_error_says_where(tmp_path, mo
     with pytest.raises(SystemExit, match=r"(?s)c.ipynb: cell \d+ failed.*1 / \(n - 3\).*ZeroDivisionError.*out.part.ipynb"):
         run.execute(chapter, out, {"n": 3}, tmp_path / "run")
     assert nbformat.read(out, 4).cells and (tmp_path / "out.part.ipynb").is_file()      # the good result is still there
+
+
+def test_parameters_that_repeat_the_chapters_own_are_not_shown_twice():
+    cell = lambda source, tag: nbformat.v4.new_code_cell(source, metadata=dict(tags=[tag]))
+    book = lambda injected: nbformat.v4.new_notebook(cells=[
+        cell('profile = "toy"\nsizes = [1, 2]\n', "parameters"), cell(injected, "injected-parameters"), nbformat.v4.new_code_cell("1")])
+    assert len(render.without_repeats(book('# Parameters\nprofile = "toy"\n')).cells) == 2
+    assert len(render.without_repeats(book('# Parameters\nprofile = "smoke"\n')).cells) == 3
+
+
+def test_a_ledger_becomes_a_table_of_its_newest_rows(tmp_path):
+    rows = [dict(chapter="05", what="dit", seconds=1.0, when="2026-01-01 10:00"), dict(chapter="02", what="vae", psnr=34.2, when="2026-01-01 09:00"),
+            dict(chapter="05", what="dit", seconds=2.0, fidelity=0.8, when="2026-01-01 11:00")]
+    (tmp_path / "ledger.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    table = render.ledger_table(render.ledger_rows(tmp_path)).splitlines()
+    assert len(table) == 4 and "34.2" in table[2] and "| 2.0 |" in table[3] and "| 0.8 |" in table[3]
+    assert render.ledger_rows(tmp_path / "nowhere") == []
+
+
+def test_what_the_pages_refer_to_is_there():
+    """Works cited, figures and exercises by name, pages of the contents: what a render would stop at."""
+    pages = {p: p.read_text() for p in (ROOT / "book").glob("*.md")}
+    figures = set()
+    for path, notebook in zip(PATHS, NOTEBOOKS.values()):
+        pages[path] = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+        figures |= {c.metadata.get("mystnb", {}).get("figure", {}).get("name") for c in notebook.cells}
+    known = set(re.findall(r"@\w+\{([^,]+),", (ROOT / "book" / "references.bib").read_text()))
+    labels = figures | {name for text in pages.values() for name in re.findall(r"^:(?:name|label): (\S+)", text, re.M)}
+    for path, text in pages.items():
+        cited = {key.strip() for keys in re.findall(r"\{cite\}`([^`]+)`", text) for key in keys.split(",")}
+        assert cited <= known, (path.name, cited - known)
+        named = {re.sub(r".*<(.+)>", r"\1", name) for name in re.findall(r"\{(?:numref|ref|prf:ref)\}`([^`]+)`", text)}
+        assert named <= labels, (path.name, named - labels)
+    files = re.findall(r"(?:file|root): (\S+)", (ROOT / "_toc.yml").read_text())
+    assert all(any((ROOT / f"{name}{end}").is_file() for end in (".md", ".ipynb")) for name in files)
+    assert set(NOTEBOOKS) == {Path(name).stem for name in files if name.startswith("notebooks/")}
