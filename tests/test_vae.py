@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import ROOT
 from sora_lite import lab
 from sora_lite import vae as vae_module
 from sora_lite.shapes import Shapes
@@ -34,6 +35,15 @@ def test_pieces_equal_the_whole_for_any_size(name, t, h, w, chunk):
     assert latents.shape == (1, 4, t, h, w) and vae.decode(latents).shape == video.shape
     assert (vae.encode(video, chunk) - latents).abs().max() < 1e-4
     assert (vae.decode(latents, chunk) - vae.decode(latents)).abs().max() < 1e-4
+
+
+def test_memory_in_pieces_does_not_grow_with_length():
+    """By the chapter's own probe, in fresh processes."""
+    cells = [c.source for c in nbformat.read(ROOT / "notebooks" / "02_compression.ipynb", 4).cells if c.cell_type == "code"]
+    space = {}
+    exec(next(c for c in cells if 'probe = """' in c).split("lengths =")[0], space)
+    (short, long), whole = (space["peak"](n, 4) for n in (65, 513)), space["peak"](257, 0)
+    assert long - short < 5 and whole > 3 * long, (short, long, whole)
 
 
 def test_the_past_does_not_see_the_future(generator):
