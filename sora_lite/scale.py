@@ -49,6 +49,7 @@ class Settings:
     frames: int = 17                        # of a clip, and its height and width in pixels
     height: int = 64
     width: int = 64
+    fps: float = 8.0                        # frames a second that a world or folder of videos is read at
     model_width: int = 128                  # of the transformer, with depth blocks
     depth: int = 4
     heads: int = 8
@@ -160,14 +161,15 @@ def run(settings: Settings) -> Path:
     data = Path(s.data)
     if not any(data.glob("shard-*.tar")):
         data = out / "shards"
-        world = world_of(s.data, s.height, s.width, s.frames, seed=s.seed, keep=out)
+        world = world_of(s.data, s.height, s.width, s.frames, fps=s.fps, seed=s.seed, keep=out)
         write_shards(data, world, s.vae, clips=s.clips, per_shard=s.per_shard, seed=s.seed,
                      share=(crew.rank, crew.world), jobs=1, device=crew.device)
         wanted = [data / f"shard-{k:06d}.tar" for k in range(math.ceil(s.clips / s.per_shard))]
         while crew.world > 1 and not all(tar.is_file() for tar in wanted):
             time.sleep(1)                               # others still code; a barrier would give up after `timeout`
         crew.accelerator.wait_for_everyone()
-    decides = dict(data=card_of(data)) | {name: getattr(s, name) for name in (
+    card = card_of(data)
+    decides = dict(data=card) | {name: getattr(s, name) for name in (
         "model_width", "depth", "heads", "conv_depth", "conv_width", "batch_size", "workers")}
     vae = VideoVAE.from_pretrained(s.vae)
     told = vocabulary_of(data), vae.config["channels"], longest_caption(data)
@@ -189,8 +191,9 @@ def run(settings: Settings) -> Path:
     if crew.speaks:
         whole = build(s, *told)
         whole.load_state_dict(state)
-        SoraLite(vae, whole.text, whole.dit, defaults=dict(frames=s.frames, height=s.height, width=s.width)
-                 ).save_pretrained(out / "weights", settings=dataclasses.asdict(s), steps=history.steps)
+        size = dict(frames=s.frames, height=s.height, width=s.width, fps=card["options"].get("fps") or s.fps)
+        SoraLite(vae, whole.text, whole.dit, defaults=size).save_pretrained(
+            out / "weights", settings=dataclasses.asdict(s), steps=history.steps)
         write_atomically(out / "history.json", lambda p: p.write_text(json.dumps(vars(history))))
     crew.accelerator.wait_for_everyone()
     return out / "weights"

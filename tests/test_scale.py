@@ -693,8 +693,10 @@ def test_films_without_captions_are_trained_on(tmp_path, vae, capfd):
     for i in range(3):
         film(tmp_path / "films" / f"{i}.mp4", i / 4)
     (tmp_path / "films" / "0.txt").write_text("a grey wall")
-    made = run(settings_of(tmp_path, vae, data=str(tmp_path / "films"), clips=4, per_shard=2, steps=2, parts=1))
-    assert SoraLite.from_pretrained(made).defaults["frames"] == 9
+    made = run(settings_of(tmp_path, vae, data=str(tmp_path / "films"), clips=4, per_shard=2, steps=2, parts=1, fps=6))
+    defaults = SoraLite.from_pretrained(made).defaults
+    assert defaults["frames"] == 9 and defaults["fps"] == 6
+    assert {about["fps"] for _, _, about in read_shards(made.parent / "shards")} == {6}
 
 
 def test_a_broken_sharded_checkpoint_and_one_of_another_run_are_named(tmp_path):
