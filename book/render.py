@@ -29,7 +29,8 @@ def ledger_table(rows: list[dict]) -> str:
 
 def without_repeats(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """A run's notebook without the cell of parameters that papermill put in, if it only repeats those above it."""
-    plain = lambda cell: {n.targets[0].id: ast.literal_eval(n.value) for n in ast.parse(cell.source).body if isinstance(n, ast.Assign)}
+    plain = lambda cell: {n.targets[0].id: ast.literal_eval(n.value) for n in ast.parse(cell.source).body
+                          if isinstance(n, ast.Assign)}
     tagged = lambda tag: [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
     given = {name: value for cell in tagged("parameters") for name, value in plain(cell).items()}
     repeats = [cell for cell in tagged("injected-parameters") if plain(cell).items() <= given.items()]

@@ -131,6 +131,12 @@ def test_an_unknown_parameter_ends_the_run_at_once():
     assert done.returncode and "no parameter sed" in done.stderr
 
 
+def test_a_chapter_that_is_not_there_ends_the_run_at_once():
+    assert [p.stem for p in run.chapters(["05", "A"])] == ["A_lab", "05_dit"]
+    with pytest.raises(SystemExit, match="no notebook's name begins with 5: there are A_lab, 01_worlds"):
+        run.chapters(["05", "5"])
+
+
 def test_a_chapter_is_run_again_when_an_earlier_one_was_made_anew(tmp_path):
     first, last = PATHS[0], PATHS[-1]
     before = run.fingerprint(last, {}, tmp_path)
