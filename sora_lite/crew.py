@@ -94,7 +94,7 @@ class Crew(Engine):
     def load(self, folder: Path, plan: dict, model: nn.Module, average: list[Tensor], opts: list) -> dict:
         path = self.found(folder)
         notes = json.loads((path / "notes.json").read_text())
-        same_plan(path, notes["plan"], json.loads(json.dumps(plan)))
+        same_plan(path, notes["plan"], plan)
         read_sharded(path, model, average, opts)
         if self.speaks:
             print(f"{path.parent}: going on after step {notes['history']['steps']}", flush=True)

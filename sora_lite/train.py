@@ -30,7 +30,8 @@ from .video import write_atomically
 
 
 def orthogonalize(m: Tensor, rounds: int = 5) -> Tensor:
-    """The matrix U V^T nearest to each of `[B, r, c]` matrices, roughly: singular values come out between 0.7 and 1.2 (Jordan 2024).
+    """The matrix U V^T nearest to each of `[B, r, c]` matrices, roughly: singular values come out between 0.7 and 1.2
+    (Jordan 2024).
 
     Newton-Schulz with the quintic 3.4445 x - 4.7750 x^3 + 2.0315 x^5, in bfloat16.
     """
