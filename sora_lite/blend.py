@@ -117,8 +117,8 @@ def connect(pipe: SoraLite, first: Source, second: Source, prompts: tuple[str | 
         grid, cells, made = (len(strength), *size), size[0] * size[1], (strength.flatten() > 0).to(a)
         way = made.cumsum(0) / (made.sum() + 1)                                                         # [t]
         weight = (way if conditioning else (way >= 0.5).to(a)).repeat_interleave(cells)[None]           # [1, n]
-        scale = how.get("guidance_scale") or pipe.defaults["guidance_scale"]
-        predicts = [pipe.predictor(said, grid, guidance_scale=scale) for said in (said_a, said_b)]
+        guidance = {name: how[name] for name in ("guidance_scale", "early_guidance") if name in how}
+        predicts = [pipe.predictor(said, grid, **guidance) for said in (said_a, said_b)]
         options = dict(predict=blended(predicts, torch.stack([1 - weight, weight])))
         if noise and strength.max() == 1:                                # what is only settled begins from itself
             steps = how.get("num_inference_steps")

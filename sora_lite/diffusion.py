@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['Process', 'PREDICTIONS', 'Flow', 'VP', 'mix', 'target', 'split', 'shift_times', 'sample_times', 'shift_for_tokens',
-           'guide', 'schedule', 'sample']
+           'guide', 'guidance_at', 'schedule', 'sample']
 
 # %% ../notebooks/04_diffusion.ipynb #8952065f
 """Diffusion and flow behind one interface: processes, predictions, times, samplers, guidance."""
@@ -106,9 +106,15 @@ def shift_for_tokens(tokens: int, base: int = 16) -> float:
     return max(1.0, (tokens / base) ** 0.5)
 
 # %% ../notebooks/04_diffusion.ipynb #13f9eb01
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance (Ho 2022): unconditional + scale (conditional - unconditional)."""
     return unconditional + scale * (conditional - unconditional)
+
+
+def guidance_at(t: Tensor, scale: float, early: float = 1.0, above: float = 0.8) -> Tensor:
+    """The scale of guidance at noise levels t, for `guide`: `scale`, and above the level `above` as far from 1 again as
+    `early` says, 1 + early (scale - 1). After Kynkäänniemi 2024, who guide in one interval of levels only."""
+    return 1 + (scale - 1) * torch.where(t > above, early, 1.0)
 
 
 def schedule(steps: int, shift: float = 1.0, start: float = 1.0) -> Tensor:

@@ -44,7 +44,8 @@ def steered(predict: Callable, given: Tensor, noise: Tensor, held: Tensor, scale
 
 @torch.no_grad()
 def fill(pipe: SoraLite, latents: Tensor, strength: Tensor | float, prompt: str | None | list[str | None], *,
-         num_inference_steps: int | None = None, guidance_scale: float | None = None, given_scale: float = 1.0,
+         num_inference_steps: int | None = None, guidance_scale: float | None = None,
+         early_guidance: float | None = None, given_scale: float = 1.0,
          generator: torch.Generator | None = None, noise: Tensor | None = None,
          predict: Callable | None = None, **options) -> Tensor:
     """Latents `[B, Z, t, h, w]` whose tokens are made, as far as `strength` says, and otherwise what `latents` holds.
@@ -67,13 +68,14 @@ def fill(pipe: SoraLite, latents: Tensor, strength: Tensor | float, prompt: str 
         raise ValueError(f"strengths {list(strength.shape)} do not fit {b} clips of {grid} tokens") from None
     if (strength.amax(1) == 0).any():
         raise ValueError("every token of a clip is given: there is nothing to make")
-    use = lambda name, value: pipe.defaults[name] if value is None else value
+    if num_inference_steps is None:
+        num_inference_steps = pipe.defaults["num_inference_steps"]
     if noise is None:
         noise = torch.randn(given.shape, generator=generator, device=generator and generator.device).to(given)
-    times = schedule(use("num_inference_steps", num_inference_steps), shift_for_tokens(given.shape[1], BASE))
+    times = schedule(num_inference_steps, shift_for_tokens(given.shape[1], BASE))
     times = times.to(given)[:, None, None] * strength                                       # [steps + 1, B, n]
     predict = predict or pipe.predictor(prompts * (b // len(prompts)), grid,
-                                        guidance_scale=use("guidance_scale", guidance_scale))
+                                        guidance_scale=guidance_scale, early_guidance=early_guidance)
     held = strength == 0
     if given_scale != 1 and held.any():
         predict = steered(predict, given, noise, held, given_scale)

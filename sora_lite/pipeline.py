@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .diffusion import Flow, guide, mix, sample, sample_times, shift_for_tokens, shift_times
+from .diffusion import Flow, guidance_at, guide, mix, sample, sample_times, shift_for_tokens, shift_times
 from .patches import coordinates, patchify, unpatchify
 from .shapes import Shapes
 from .vae import VideoVAE
@@ -117,8 +117,8 @@ class SoraLite:
     def __init__(self, vae: VideoVAE, text: "TextEncoder", dit: "DiT", *, patch=(1, 2, 2),
                  defaults: dict | None = None):
         self.vae, self.model, self.patch = vae.eval(), Denoiser(text, dit).eval(), tuple(patch)
-        self.defaults = dict(frames=17, height=64, width=64, num_inference_steps=20, guidance_scale=3.0,
-                             fps=8) | (defaults or {})
+        self.defaults = dict(frames=17, height=64, width=64, num_inference_steps=20, guidance_scale=2.5,
+                             early_guidance=4.0, fps=8) | (defaults or {})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device="cpu") -> "SoraLite":
@@ -180,10 +180,13 @@ class SoraLite:
         return tuple(n // p for n, p in zip(size, self.patch))
 
     @torch.no_grad()
-    def predictor(self, prompts: list[str | None], grid: tuple[int, int, int], *, guidance_scale: float = 3.0,
-                  bf16: bool = True) -> Callable[[Tensor, Tensor], Tensor]:
+    def predictor(self, prompts: list[str | None], grid: tuple[int, int, int], *, guidance_scale: float | None = None,
+                  early_guidance: float | None = None, bf16: bool = True) -> Callable[[Tensor, Tensor], Tensor]:
         """What the model says, guided, of tokens `[B, n, D]` at noise levels `[B, n]`: a function for
-        `diffusion.sample`. Guidance runs both branches in one call."""
+        `diffusion.sample`. Guidance runs both branches in one call; where it is left out, it is that of `defaults`
+        (see `diffusion.guidance_at`)."""
+        guidance_scale = self.defaults["guidance_scale"] if guidance_scale is None else guidance_scale
+        early_guidance = self.defaults["early_guidance"] if early_guidance is None else early_guidance
         b, n, width = len(prompts), grid[0] * grid[1] * grid[2], self.model.dit.config["channels"]
         coords = coordinates(grid, self.device)
         guided = guidance_scale != 1
@@ -201,16 +204,18 @@ class SoraLite:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
                 said = self.model.dit(tokens, times, coords.repeat(both * b, 1), [n] * (both * b), words)
             said = said.view(both, b, n, width)
-            return (guide(said[0], said[1], guidance_scale) if guided else said[0])[back]
+            if not guided:
+                return said[0][back]
+            return guide(said[0], said[1], guidance_at(t[pick], guidance_scale, early_guidance)[..., None])[back]
 
         return predict
 
     @torch.no_grad()
     def latents(self, prompts: list[str | None], grid: tuple[int, int, int], *, num_inference_steps: int = 20,
-                guidance_scale: float = 3.0, generator: torch.Generator | None = None,
-                noise: Tensor | None = None, given: Tensor | None = None, mask: Tensor | None = None,
-                solver: str = "multistep", bf16: bool = True, predict: Callable | None = None,
-                **options) -> Tensor:
+                guidance_scale: float | None = None, early_guidance: float | None = None,
+                generator: torch.Generator | None = None, noise: Tensor | None = None, given: Tensor | None = None,
+                mask: Tensor | None = None, solver: str = "multistep", bf16: bool = True,
+                predict: Callable | None = None, **options) -> Tensor:
         """Sample tokens `[B, n, D]` for a grid and return latents `[B, Z, t, h, w]`.
 
         given `[B, n, D]` and mask `[B, n]`: tokens that are held (see `diffusion.sample`, which also takes
@@ -221,7 +226,8 @@ class SoraLite:
         if noise is None:
             shape = len(prompts), n, self.model.dit.config["channels"]
             noise = torch.randn(shape, generator=generator, device=generator and generator.device).to(self.device)
-        predict = predict or self.predictor(prompts, grid, guidance_scale=guidance_scale, bf16=bf16)
+        predict = predict or self.predictor(prompts, grid, guidance_scale=guidance_scale,
+                                            early_guidance=early_guidance, bf16=bf16)
         options = dict(shift=shift_for_tokens(n, BASE)) | options
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):     # held over all steps: weights are rounded once
             tokens = sample(predict, noise, steps=num_inference_steps, solver=solver, given=given, mask=mask,
@@ -231,21 +237,21 @@ class SoraLite:
     def __call__(self, prompt: str | None | list[str | None], *, frames: int | None = None,
                  height: int | None = None, width: int | None = None,
                  num_inference_steps: int | None = None, guidance_scale: float | None = None,
-                 generator: torch.Generator | None = None, chunk: int | None = None, **options) -> Tensor:
+                 early_guidance: float | None = None, generator: torch.Generator | None = None,
+                 chunk: int | None = None, **options) -> Tensor:
         """Videos `[B, 3, T, H, W]` in [-1, 1] for one prompt or several; what is left out is `defaults`.
 
         Raises ValueError for a size the model cannot make, an empty prompt, or words it does not know,
         before anything is computed. chunk: latent frames to decode at a time.
         """
         prompts = [prompt] if prompt is None or isinstance(prompt, str) else list(prompt)
-        asked = dict(frames=frames, height=height, width=width, num_inference_steps=num_inference_steps,
-                     guidance_scale=guidance_scale)
+        asked = dict(frames=frames, height=height, width=width, num_inference_steps=num_inference_steps)
         use = self.defaults | {k: v for k, v in asked.items() if v is not None}
         for text in prompts:
             self.model.text.vocabulary.encode(text)
         grid = self.latent_grid(use["frames"], use["height"], use["width"])
         latents = self.latents(prompts, grid, num_inference_steps=use["num_inference_steps"],
-                               guidance_scale=use["guidance_scale"], generator=generator, **options)
+                               guidance_scale=guidance_scale, early_guidance=early_guidance, generator=generator, **options)
         return self.vae.decode(latents, chunk)
 
 # %% ../notebooks/05_dit.ipynb #a26d263e

@@ -107,7 +107,7 @@ class Rollout:
         self.pipe, self.context, self.seed, self.fps = pipe, context, seed, use["fps"]
         self.grid, self.ratio = pipe.latent_grid(use["frames"], use["height"], use["width"]), pipe.vae.ratio[0]
         self.frames = 1 + self.ratio * max(0, math.ceil((seconds.pop() * self.fps - 1) / self.ratio))
-        self.options = {k: use[k] for k in ("num_inference_steps", "guidance_scale")}
+        self.options = {k: use[k] for k in ("num_inference_steps", "guidance_scale", "early_guidance")}
         self.times, self.done = noise_table(way, self.grid[0], context, use["num_inference_steps"], level=level,
                                             shift=shift_for_tokens(math.prod(self.grid), BASE))
         self.asked = use | dict(storyboards=self.storyboards, way=way, context=context, level=level, seed=seed)

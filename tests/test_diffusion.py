@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sora_lite import diffusion, lab
-from sora_lite.diffusion import (PREDICTIONS, VP, Flow, guide, mix, sample, sample_times, schedule,
+from sora_lite.diffusion import (PREDICTIONS, VP, Flow, guidance_at, guide, mix, sample, sample_times, schedule,
                                  shift_for_tokens, shift_times, split, target)
 from sora_lite.vae import VideoVAE
 
@@ -105,6 +105,11 @@ def test_guidance():
     a, b = torch.randn(3, 4), torch.randn(3, 4)
     assert torch.allclose(guide(a, b, 1.0), a, atol=1e-6) and torch.equal(guide(a, b, 0.0), b)
     assert torch.allclose(guide(a, b, 2.0), 2 * a - b, atol=1e-5)
+    levels = torch.tensor([0.0, 0.8, 0.81, 1.0])
+    assert guidance_at(levels, 2.5, 4.0).tolist() == [2.5, 2.5, 7.0, 7.0]
+    assert guidance_at(levels, 2.5).tolist() == [2.5] * 4 and guidance_at(levels, 1.0, 4.0).tolist() == [1.0] * 4
+    mixed = guide(a, b, guidance_at(torch.tensor([0.1, 0.5, 0.9]), 2.0, 3.0)[:, None])          # each token by its own level
+    assert torch.allclose(mixed[2], guide(a, b, 4.0)[2]) and torch.allclose(mixed[:2], guide(a, b, 2.0)[:2])
 
 
 def test_times_are_logit_normal_and_shift_towards_noise(generator):

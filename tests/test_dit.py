@@ -134,6 +134,20 @@ def test_each_prompt_gets_its_own_prediction_and_guidance_leads_towards_it(pipe,
 
 
 @torch.no_grad()
+def test_guidance_is_stronger_early_token_by_token_and_comes_from_the_defaults(pipe, generator):
+    x, t = torch.randn(1, 8, 16, generator=generator), torch.tensor([[0.0, 0.3, 0.5, 0.79, 0.81, 0.9, 0.95, 1.0]])
+    say = lambda **guidance: pipe.predictor(["a red circle"], (2, 2, 2), bf16=False, **guidance)(x, t)
+    even = lambda scale: say(guidance_scale=scale, early_guidance=1.0)
+    early = say(guidance_scale=2.0, early_guidance=3.0)
+    torch.testing.assert_close(early[:, :4], even(2.0)[:, :4], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(early[:, 4:], even(4.0)[:, 4:], rtol=1e-3, atol=1e-3)
+    assert (early[:, 4:] - even(2.0)[:, 4:]).abs().max() > 1e-2
+    assert torch.equal(say(guidance_scale=1.0), even(1.0)) and torch.equal(say(), say(guidance_scale=2.5, early_guidance=4.0))
+    pipe = SoraLite(pipe.vae, pipe.model.text, pipe.model.dit, defaults=dict(early_guidance=1.0))
+    assert torch.equal(say(), even(2.5))
+
+
+@torch.no_grad()
 def test_convolutions_cut_and_join_whole_clips_only(generator):
     dit = denoiser().dit
     tokens = torch.randn(3 * 2 * 3 * 5, 16, generator=generator)
