@@ -242,7 +242,8 @@ class SoraLite:
         """Videos `[B, 3, T, H, W]` in [-1, 1] for one prompt or several; what is left out is `defaults`.
 
         Raises ValueError for a size the model cannot make, an empty prompt, or words it does not know,
-        before anything is computed. chunk: latent frames to decode at a time.
+        before anything is computed. early_guidance: how many times as strong guidance is at high noise
+        (`diffusion.guidance_at`). chunk: latent frames to decode at a time.
         """
         prompts = [prompt] if prompt is None or isinstance(prompt, str) else list(prompt)
         asked = dict(frames=frames, height=height, width=width, num_inference_steps=num_inference_steps)

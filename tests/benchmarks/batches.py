@@ -122,7 +122,8 @@ def sampling(title: str, sizes: dict, grid: Grid, *, clips: int, steps: int, sec
     tokens, arms = noise((clips, math.prod(grid), 4 * CHANNELS), 5, device), {}
     for name in ("ours", "ours, plain"):
         pipe = SoraLite(VideoVAE(), text, models[name][0].dit).to(device)
-        arms[name] = lambda pipe=pipe: pipe.latents(prompts, grid, num_inference_steps=steps, guidance_scale=scale, noise=tokens)
+        arms[name] = lambda pipe=pipe: pipe.latents(prompts, grid, num_inference_steps=steps, guidance_scale=scale,
+                                                    early_guidance=1.0, noise=tokens)
     for name in PEERS:
         loop = Loop(text, models[name][0].to(device), shift_for_tokens(math.prod(grid), BASE))
         arms[name] = lambda loop=loop: loop(prompts, steps, scale, start)
