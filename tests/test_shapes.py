@@ -146,6 +146,16 @@ def test_oracle_reads_every_attribute(clips, options):
     assert scores["place"] >= (0.98 if clips >= 50 else 0.85), scores
 
 
+def test_a_figure_that_another_touches_is_found_to_part_of_a_pixel():
+    world = Shapes(objects=(2, 2))
+    cast = world.cast(16, seeded(6))
+    off = [(centers[0] - torch.tensor(thing["center"][0])).norm()
+           for scene, path, video in zip(world.scenes(cast), cast["center"], world.render(cast))
+           for thing in oracle.read(video)["objects"]
+           for drawn, centers in zip(scene["objects"], path) if drawn["color"] == thing["color"]]
+    assert len(off) == 32 and torch.stack(off).median() < 0.25          # whole pixels: 0.37
+
+
 def test_oracle_survives_a_video_file(tmp_path):
     """Shape, colour, size, motion and background are read alike after H.264."""
     from sora_lite.video import read, write
