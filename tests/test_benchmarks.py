@@ -53,6 +53,8 @@ def test_turns_give_each_arm_its_seconds_and_go_on_from_what_was_used():
     assert calls == {"slow": 2, "fast": 10}
     had = harness.in_turn({"slow": arm("slow", 1.0), "fast": arm("fast", 1.0)}, seconds={"slow": 6, "fast": 2}, desc="")
     assert had == {"slow": 6.0, "fast": 2.0}
+    had = harness.in_turn({"slow": arm("slow", 1.0), "fast": arm("fast", 1.0)}, seconds=2, desc="", used={"fast": 9.0})
+    assert had == {"slow": 2.0, "fast": 9.0}        # had more than it is due: nothing is left for it, and the bar stands it
 
 
 def test_garbage_is_collected_again_after_an_arm_fails():

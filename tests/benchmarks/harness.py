@@ -84,11 +84,12 @@ def in_turn(arms: dict[str, Callable[[], float]], *, seconds: float | dict[str, 
     due = seconds if isinstance(seconds, dict) else dict.fromkeys(arms, seconds)
     had = dict.fromkeys(arms, 0.0) | {k: v for k, v in (used or {}).items() if k in arms}
     share = lambda name: had[name] / due[name]
-    with tqdm(total=sum(due.values()), initial=sum(had.values()), desc=desc, unit="s", mininterval=1,
+    given = lambda: sum(min(had[name], due[name]) for name in arms)        # earlier runs may have given more
+    with tqdm(total=sum(due.values()), initial=given(), desc=desc, unit="s", mininterval=1,
               bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}]") as bar:
         while share(name := min(had, key=share)) < 1:
             had[name] += arms[name]()
-            bar.n = min(bar.total, sum(had.values()))
+            bar.n = given()
             bar.refresh()
     return had
 
