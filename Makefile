@@ -11,7 +11,7 @@ book: setup
 	@$(BIN)/python book/render.py --profile $(PROFILE)
 
 test: setup
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile    # the chapters, one after the other, beside the rest
 
 setup: .venv/ready
 
