@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['PROFILES', 'COLORS', 'SERIES', 'PLAIN', 'require', 'style', 'start', 'root', 'run_dir', 'weights', 'ledger',
            'parameters', 'sources', 'cache_path', 'cached', 'fingerprint', 'cached_each', 'image', 'strip',
-           'show_strips']
+           'show_strips', 'show_jpeg']
 
 # %% ../notebooks/A_lab.ipynb #553d180b
 """The lab bench: style, run folders, checked parameters, weights, and the ledger of costs."""
@@ -295,13 +295,9 @@ def strip(video: Tensor, n: int = 6, gap: int = 2) -> np.ndarray:
 def show_strips(videos, titles=None, n: int = 6, width: float = 8.0) -> None:
     """Show several clips as strips, one below the other, each with its title.
 
-    As a JPEG: noise, which a diffusion book shows a lot of, would weigh four times as much as a PNG. One output
-    stays below 150 kB in the notebook (base64 included): where it would not, quality is lowered.
+    As a JPEG (`show_jpeg`).
     """
-    import io
-
     import matplotlib.pyplot as plt
-    from IPython.display import Image, display
 
     strips = [strip(v, n) for v in videos]
     heights = [s.shape[0] / s.shape[1] * width + (0.28 if titles else 0.04) for s in strips]
@@ -310,6 +306,17 @@ def show_strips(videos, titles=None, n: int = 6, width: float = 8.0) -> None:
         ax.imshow(picture)
         ax.set_title(title, fontsize=9, loc="left")
         ax.axis("off")
+    show_jpeg(fig)
+
+
+def show_jpeg(fig) -> None:
+    """Show a matplotlib figure as a JPEG: noise, which a diffusion book shows a lot of, would weigh four times as much as a
+    PNG. One output stays below 150 kB in the notebook (base64 included): where it would not, quality is lowered."""
+    import io
+
+    import matplotlib.pyplot as plt
+    from IPython.display import Image, display
+
     for quality in (75, 50, 30, 15):
         file = io.BytesIO()
         fig.savefig(file, format="jpeg", dpi=90, pil_kwargs=dict(quality=quality))
