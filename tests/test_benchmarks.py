@@ -224,10 +224,27 @@ def test_rows_run(row, tmp_path):
             f"small: {ours} faster than {peer}, both eager" for ours in ("ours", "ours, plain") for peer in ("Wan", "CogVideoX")}
         rows = {r["contender"]: r for r in result["tables"][0]["rows"]}
         assert rows["ours"]["GFLOP a step"] > 1.1 * rows["ours, plain"]["GFLOP a step"] > 0
+    if row == 4:        # networks in one loop, and two of diffusers' pipelines as they are
+        assert {r["sampler"].split(": ")[1] for r in result["tables"][1]["rows"]} == {
+            "multistep", "FlowMatchEulerDiscreteScheduler", "WanPipeline", "CogVideoXPipeline"}
     if row == 2:        # both scales of both peers, each with its speeds and its fidelity
         assert len(result["tables"][0]["rows"]) == 5 and len(result["verdicts"]) == 12
         assert {v["what"] for v in result["verdicts"] if v["what"].startswith("PSNR")} == {
             f"PSNR above {peer}, equal {what}" for peer in ("CogVideoX", "Wan") for what in ("parameters", "operations")}
+
+
+@needs_diffusers
+def test_wans_pipeline_makes_what_our_loop_over_it_makes():
+    import batches
+    import peers
+    from sora_lite.shapes import vocabulary
+    from sora_lite.text import TextEncoder
+
+    model, _ = peers.build("Wan", (2, 2, 2), dict(width=64, depth=2, heads=4, conv_depth=0))
+    parts, start = (TextEncoder(vocabulary()), model, 2.0), torch.randn(2, 24, 2, 4, 4)
+    asked = ["a red circle", "a small blue star"], 4, 3.0, start
+    loop, whole = batches.Loop(*parts)(*asked), batches.Whole("Wan", *parts)(*asked)
+    assert (loop - whole).abs().max() < 0.1 < 1 < (loop - start).abs().max()        # rounded to bfloat16 at each step
 
 
 @needs_diffusers

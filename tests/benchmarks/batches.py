@@ -3,7 +3,7 @@ import math
 import time
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, FlowMatchEulerDiscreteScheduler, WanPipeline
 from torch import Tensor, nn
 
 from harness import TOLERANCE, equal, in_turn, interleaved, noise, parameters, ratio, spread, wait
@@ -108,6 +108,30 @@ class Loop:
         return latents
 
 
+class Whole(Loop):
+    """Prompts to latents by one of diffusers' own pipelines, given the features of the words. Wan's asks for the two branches
+    of guidance one after the other, CogVideoX's in one call."""
+    kinds = {"Wan": WanPipeline, "CogVideoX": CogVideoXPipeline}
+
+    def __init__(self, name: str, *loop):
+        super().__init__(*loop)
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=self.shift) if name == "Wan" else CogVideoXDDIMScheduler()
+        self.pipe = self.kinds[name](tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=self.model.model)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.turned = name == "CogVideoX"               # it wants latents with time before channels
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str], steps: int, scale: float, latents: Tensor) -> Tensor:
+        _, _, t, h, w = latents.shape
+        with torch.autocast(latents.device.type, torch.bfloat16):
+            features, counts = self.text([*prompts, *[None] * len(prompts)])
+            asked, nothing = nn.utils.rnn.pad_sequence(features.split(counts), batch_first=True).chunk(2)
+            return self.pipe(
+                prompt_embeds=asked, negative_prompt_embeds=nothing, latents=latents.transpose(1, 2) if self.turned else latents,
+                num_frames=4 * t - 3, height=8 * h, width=8 * w, num_inference_steps=steps, guidance_scale=scale,
+                output_type="latent", return_dict=False)[0]
+
+
 def sampling(title: str, sizes: dict, grid: Grid, *, clips: int, steps: int, seconds: float, device: torch.device,
              least: int = 3) -> tuple[dict, list[str]]:
     """Seconds a clip from prompt to latents, guidance and all, at equal steps and parameters."""
@@ -127,15 +151,20 @@ def sampling(title: str, sizes: dict, grid: Grid, *, clips: int, steps: int, sec
     for name in PEERS:
         loop = Loop(text, models[name][0].to(device), shift_for_tokens(math.prod(grid), BASE))
         arms[name] = lambda loop=loop: loop(prompts, steps, scale, start)
+        if name in Whole.kinds:
+            whole = Whole(name, text, models[name][0], loop.shift)
+            arms[f"{name}, its pipeline"] = lambda whole=whole: whole(prompts, steps, scale, start)
     same = [equal("parameters", count, TOLERANCE),
             equal("numbers sampled", {name: arms[name]().numel() for name in arms}),
-            f"steps ({steps}, one call of the network each), shift of the schedule, guidance ({scale:g}, both branches in one "
-            f"call), prompts ({clips}), text encoder, precision (autocast to bfloat16), nothing compiled"]
+            f"steps ({steps}), shift of the schedule (but CogVideoX's pipeline has a schedule of its own), guidance ({scale:g}, "
+            f"both branches in one call of the network, but by Wan's pipeline in two), prompts ({clips}), text encoder, precision (autocast to bfloat16), nothing compiled"]
     times, _ = interleaved(arms, seconds=seconds, device=device, least=least, warm=1, desc=title)
-    rows = [{"sampler": f"{name}: {'FlowMatchEulerDiscreteScheduler' if name in PEERS else 'multistep'}",
-             "sizes": models[name][1], "parameters": count[name], "seconds a clip": spread(s / clips for s in times[name]),
-             "ours is faster": ratio(times[name], times["ours"]),
-             "ours, plain, is faster": ratio(times[name], times["ours, plain"])} for name in models]
+    by = {name: "FlowMatchEulerDiscreteScheduler" for name in PEERS} | {
+        f"{name}, its pipeline": kind.__name__ for name, kind in Whole.kinds.items()}
+    rows = [{"sampler": f"{name.removesuffix(', its pipeline')}: {by.get(name, 'multistep')}",
+             "sizes": models[of := name.removesuffix(", its pipeline")][1], "parameters": count[of],
+             "seconds a clip": spread(s / clips for s in times[name]), "ours is faster": ratio(times[name], times["ours"]),
+             "ours, plain, is faster": ratio(times[name], times["ours, plain"])} for name in arms]
     return dict(title=f"Sampling, {title}", rows=rows, columns={
         "sampler": "", "sizes": "", "parameters": "d", "seconds a clip": ".3g", "ours is faster": ".2f",
         "ours, plain, is faster": ".2f"}), same
