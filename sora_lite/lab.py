@@ -57,8 +57,8 @@ def style() -> None:
         "figure.dpi": 110, "savefig.dpi": 110, "figure.constrained_layout.use": True, "font.size": 9.5,
         "axes.prop_cycle": mpl.cycler(color=SERIES), "axes.edgecolor": COLORS["muted"],
         "axes.labelcolor": COLORS["ink"], "axes.titlesize": 10, "axes.titlecolor": COLORS["ink"],
-        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": "#E8ECEF",
-        "xtick.color": COLORS["ink"], "ytick.color": COLORS["ink"], "lines.linewidth": 1.8,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
+        "grid.color": "#E8ECEF", "xtick.color": COLORS["ink"], "ytick.color": COLORS["ink"], "lines.linewidth": 1.8,
         "legend.frameon": False, "image.interpolation": "nearest"})
 
 

@@ -3,7 +3,7 @@ import sys
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:         # several at once: a core each, for the processes that they start as well
-    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

@@ -95,13 +95,17 @@ class Loop:
     def __init__(self, text: TextEncoder, model: Contender, shift: float):
         self.text, self.model, self.shift = text, model.eval(), shift
 
+    def words(self, prompts: list[str]) -> Tensor:
+        """Features of the prompts, then of as many empty ones."""
+        features, counts = self.text([*prompts, *[None] * len(prompts)])
+        return nn.utils.rnn.pad_sequence(features.split(counts), batch_first=True)
+
     @torch.no_grad()
     def __call__(self, prompts: list[str], steps: int, scale: float, latents: Tensor) -> Tensor:
         scheduler = FlowMatchEulerDiscreteScheduler(shift=self.shift)
         scheduler.set_timesteps(steps)
         with torch.autocast(latents.device.type, torch.bfloat16):
-            features, counts = self.text([*prompts, *[None] * len(prompts)])
-            words = nn.utils.rnn.pad_sequence(features.split(counts), batch_first=True)
+            words = self.words(prompts)
             for t in scheduler.timesteps:
                 said = self.model(latents.repeat(2, 1, 1, 1, 1), (t / 1000).expand(len(words)).to(latents.device), words)
                 latents = scheduler.step(guide(*said.chunk(2), scale), t, latents, return_dict=False)[0]
@@ -124,8 +128,7 @@ class Whole(Loop):
     def __call__(self, prompts: list[str], steps: int, scale: float, latents: Tensor) -> Tensor:
         _, _, t, h, w = latents.shape
         with torch.autocast(latents.device.type, torch.bfloat16):
-            features, counts = self.text([*prompts, *[None] * len(prompts)])
-            asked, nothing = nn.utils.rnn.pad_sequence(features.split(counts), batch_first=True).chunk(2)
+            asked, nothing = self.words(prompts).chunk(2)
             return self.pipe(
                 prompt_embeds=asked, negative_prompt_embeds=nothing, latents=latents.transpose(1, 2) if self.turned else latents,
                 num_frames=4 * t - 3, height=8 * h, width=8 * w, num_inference_steps=steps, guidance_scale=scale,
@@ -146,25 +149,24 @@ def sampling(title: str, sizes: dict, grid: Grid, *, clips: int, steps: int, sec
     tokens, arms = noise((clips, math.prod(grid), 4 * CHANNELS), 5, device), {}
     for name in ("ours", "ours, plain"):
         pipe = SoraLite(VideoVAE(), text, models[name][0].dit).to(device)
-        arms[name] = lambda pipe=pipe: pipe.latents(prompts, grid, num_inference_steps=steps, guidance_scale=scale,
-                                                    early_guidance=1.0, noise=tokens)
+        arms[f"{name}: multistep"] = lambda pipe=pipe: pipe.latents(
+            prompts, grid, num_inference_steps=steps, guidance_scale=scale, early_guidance=1.0, noise=tokens)
     for name in PEERS:
         loop = Loop(text, models[name][0].to(device), shift_for_tokens(math.prod(grid), BASE))
-        arms[name] = lambda loop=loop: loop(prompts, steps, scale, start)
+        arms[f"{name}: FlowMatchEulerDiscreteScheduler"] = lambda loop=loop: loop(prompts, steps, scale, start)
         if name in Whole.kinds:
             whole = Whole(name, text, models[name][0], loop.shift)
-            arms[f"{name}, its pipeline"] = lambda whole=whole: whole(prompts, steps, scale, start)
+            arms[f"{name}: {Whole.kinds[name].__name__}"] = lambda whole=whole: whole(prompts, steps, scale, start)
     same = [equal("parameters", count, TOLERANCE),
             equal("numbers sampled", {name: arms[name]().numel() for name in arms}),
             f"steps ({steps}), shift of the schedule (but CogVideoX's pipeline has a schedule of its own), guidance ({scale:g}, "
-            f"both branches in one call of the network, but by Wan's pipeline in two), prompts ({clips}), text encoder, precision (autocast to bfloat16), nothing compiled"]
+            f"both branches in one call of the network, but by Wan's pipeline in two), prompts ({clips}), text "
+            f"encoder, precision (autocast to bfloat16), nothing compiled"]
     times, _ = interleaved(arms, seconds=seconds, device=device, least=least, warm=1, desc=title)
-    by = {name: "FlowMatchEulerDiscreteScheduler" for name in PEERS} | {
-        f"{name}, its pipeline": kind.__name__ for name, kind in Whole.kinds.items()}
-    rows = [{"sampler": f"{name.removesuffix(', its pipeline')}: {by.get(name, 'multistep')}",
-             "sizes": models[of := name.removesuffix(", its pipeline")][1], "parameters": count[of],
-             "seconds a clip": spread(s / clips for s in times[name]), "ours is faster": ratio(times[name], times["ours"]),
-             "ours, plain, is faster": ratio(times[name], times["ours, plain"])} for name in arms]
+    rows = [{"sampler": arm, "sizes": models[name := arm.split(":")[0]][1], "parameters": count[name],
+             "seconds a clip": spread(s / clips for s in times[arm]),
+             "ours is faster": ratio(times[arm], times["ours: multistep"]),
+             "ours, plain, is faster": ratio(times[arm], times["ours, plain: multistep"])} for arm in arms]
     return dict(title=f"Sampling, {title}", rows=rows, columns={
         "sampler": "", "sizes": "", "parameters": "d", "seconds a clip": ".3g", "ours is faster": ".2f",
         "ours, plain, is faster": ".2f"}), same

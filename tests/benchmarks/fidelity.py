@@ -224,7 +224,8 @@ def best_rate(arms: list[Recipe], looks: int) -> float:
 
 
 def report(runs: dict[str, list[Recipe]], sweep: dict[str, list[Recipe]], swept: int, equals: list[str]) -> dict:
-    """Tables and verdicts; swept: looks in the sweep. Where the plain recipe never reaches a mark, its whole time counts, and the row says so."""
+    """Tables and verdicts. Where the plain recipe never reaches a mark, its whole time counts, and the row says so. swept: how
+    many looks the sweep had."""
     def row(arm: Recipe) -> dict:
         at = {mark: minutes_to(arm.curve, mark) for mark in MARKS}
         return {"recipe": arm.name, "seed": arm.seed, "learning rate": arm.lr, "steps": arm.steps,
@@ -327,8 +328,8 @@ def main() -> None:
         f"{same}, text encoder, autoencoder, clips, batch ({args.batch} clips; ours takes as much work in images and beginnings "
         f"of clips), autocast to bfloat16, compiled blocks ({'no' if args.eager else 'both'}), averaging of weights, schedule of "
         f"the learning rate over a training's minutes ({args.minutes:g}; {TARGET * args.minutes:g} for the plain recipe's seeds), "
-        f"sampler, guidance, judge ({args.prompts} held-out prompts, {args.looks} looks), {len(rates['ours'])} learning rates each, a third of a "
-        f"training long"])
+        f"sampler, guidance, judge ({args.prompts} held-out prompts, {args.looks} looks), {len(rates['ours'])} learning rates "
+        f"each, of which the best after {first} looks goes on"])
     result["remarks"] = [
         "What differs is the recipe. Ours: chapter 5's transformer, Muon, times spread and shifted, stratified, images and "
         "beginnings of clips first, a quarter with given tokens. Plain: Wan's transformer, AdamW, uniform times, whole clips.",
