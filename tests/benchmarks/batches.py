@@ -153,7 +153,7 @@ def sampling(title: str, sizes: dict, grid: Grid, *, clips: int, steps: int, sec
             prompts, grid, num_inference_steps=steps, guidance_scale=scale, early_guidance=1.0, noise=tokens)
     for name in PEERS:
         loop = Loop(text, models[name][0].to(device), shift_for_tokens(math.prod(grid), BASE))
-        arms[f"{name}: FlowMatchEulerDiscreteScheduler"] = lambda loop=loop: loop(prompts, steps, scale, start)
+        arms[f"{name}: Euler"] = lambda loop=loop: loop(prompts, steps, scale, start)
         if name in Whole.kinds:
             whole = Whole(name, text, models[name][0], loop.shift)
             arms[f"{name}: {Whole.kinds[name].__name__}"] = lambda whole=whole: whole(prompts, steps, scale, start)
@@ -181,5 +181,6 @@ def measure(*, stream: int, capacity: int, settings: list, clips: int, steps: in
     return dict(title="Mixed batches, and sampling", tables=[table] + [t for t, _ in made],
                 equal=[f"{table['title']}: " + ", ".join(same)] + [f"{t['title']}: " + ", ".join(s) for t, s in made],
                 verdicts=[], remarks=remarks + [
+                    "Euler is diffusers' FlowMatchEulerDiscreteScheduler, in one loop of ours; the pipelines are diffusers' own.",
                     "Ends at latents: no autoencoder is in these seconds. The contenders are not trained; how long a "
                     "network computes does not depend on what it has learned."])
