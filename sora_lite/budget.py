@@ -34,15 +34,16 @@ def video_tokens(seconds: float, fps: float, height: int, width: int, ratio=(4, 
 
 @dataclass
 class Batch:
-    """What a step sees: tokens of each clip, words of each caption (filled up, as the encoder does), and how many
-    pairs of a clip and a noise level there are (None: one a clip, which is right where no tokens are given)."""
+    """What a step sees: tokens of each clip, words of each caption (filled up, as the encoder does), and the noise levels in
+    the clip that has most (1 where no tokens are given, else 2)."""
     tokens: Sequence[int]
     words: Sequence[int]
-    levels: int | None = None
+    levels: int = 1
 
     @property
     def pairs(self) -> int:
-        return self.levels or len(self.tokens)
+        """Rows of the modulation: as many for each clip."""
+        return self.levels * len(self.tokens)
 
 # %% ../notebooks/16_scale.ipynb #15e51c13
 def products(model: Denoiser, batch: Batch) -> list[tuple[str, float, int]]:
@@ -57,17 +58,17 @@ def products(model: Denoiser, batch: Batch) -> list[tuple[str, float, int]]:
     out = [("text", text["depth"] * (12 * m * v * v + 2 * squares * v), 2),
            ("noise level", p * 128 * w, 1), ("noise level", p * w * w + b * v * w + 8 * p * w * w, 2),
            ("ends", n * 24 * w + (0 if conv else n * wide * w), 1), ("ends", n * wide * w * (2 if conv else 1), 2),
-           ("modulation", 2 * n * p * w, 1)]
+           ("modulation", 2 * n * batch.levels * w, 1)]
     words = dit["conditioning"] == "words"
     for _ in range(dit["depth"]):
         out += [("weights", 4 * n * w * w + 3 * n * w * hidden, 2), ("attention", 2 * own * w, 2),
-                ("modulation", 6 * n * p * w, 1)]
+                ("modulation", 6 * n * batch.levels * w, 1)]
         out += [("words", 2 * n * w * w + 2 * m * v * w + 2 * cross * w, 2)] if words else []
     if conv:
         blocks, latent = 2 * dit["conv_depth"], dit["channels"] // cells
         out += [("convolutions", n * cells * latent * c, 1),
                 ("convolutions", n * cells * (latent * c + blocks * 12 * c * c), 2),
-                ("noise level", blocks * p * w * 3 * c, 2), ("modulation", blocks * 3 * n * p * c, 1)]
+                ("noise level", blocks * p * w * 3 * c, 2), ("modulation", blocks * 3 * n * batch.levels * c, 1)]
     return out
 
 
@@ -112,7 +113,7 @@ def activation_bytes(model: Denoiser, batch: Batch, *, fused: bool = False, reco
     k, dt = text["heads"], v // text["heads"]
     squares = 0 if fused else sum(x * x for x in batch.words)
     words = 2 * (m * (14 * v + 4 * dt) + k * squares + 12 * v * v) + 4 * m * (2 * v + 4)
-    ends = (2 * (n * (4 * w + 2 * channels + p + 2) + w * channels + 9 * w * w + v * w + p * (128 + 4 * w) + b * v)
+    ends = (2 * (n * (4 * w + 2 * channels + batch.levels + 2) + w * channels + 9 * w * w + v * w + p * (128 + 4 * w) + b * v)
             + n * (8 * channels + 1) + m * (8 * v + 24))
     if recompute:
         return {"blocks": dit["depth"] * 2 * n * w, "one block at work": block + casts,

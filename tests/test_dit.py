@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sora_lite.dit import MDT, ConvBlock, DiTBlock, JointDiT, DiffiT, DiT, InContextDiT, TimeBlock, UViT
+from sora_lite.dit import MDT, ConvBlock, DiTBlock, JointDiT, DiffiT, DiT, InContextDiT, TimeBlock, UViT, look_up
 from sora_lite.patches import coordinates, pack
 from sora_lite.pipeline import Denoiser, SoraLite, draw_mask, flow_loss
 from sora_lite.shapes import LEVELS, Shapes, caption, vocabulary
@@ -58,6 +58,18 @@ def test_words_and_noise_levels_are_read(kind, generator):
     changed = t.clone()
     changed[0] = 1 - changed[0]
     assert (say(changed, "a red circle") - base).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_each_token_gets_the_modulation_of_its_own_level(generator):
+    dit, lengths = denoiser().dit, [3, 2, 2, 4]
+    words = torch.randn(8, 32, generator=generator), [2] * 4
+    t = torch.tensor([0.5, 0.0, 0.5, 0.0, 0.5, 1.0, 1.0, 0.9, 0.2, 0.0, 0.9])
+    rows, which = dit.condition(t, lengths, words)
+    assert rows.shape == (4, 3, 32) and which.shape == (11, 3)               # as many as the last clip has
+    clips = [i for i, n in enumerate(lengths) for _ in range(n)]
+    alone = [dit.condition(t[i, None], [1], (words[0][2 * c:2 * c + 2], [2]))[0][0] for i, c in enumerate(clips)]
+    torch.testing.assert_close(look_up(which, rows, lengths), torch.cat(alone))
 
 
 def test_gradients_reach_every_weight(generator):
@@ -163,7 +175,7 @@ def test_convolutions_cut_and_join_whole_clips_only(generator):
 @torch.no_grad()
 def test_fresh_convolutions_treat_frames_alike():
     block, which = ConvBlock(8, 32), torch.ones(5 * 4, 1)
-    x, condition = torch.randn(1, 5, 4, 4, 8), torch.randn(1, 32)
+    x, condition = torch.randn(1, 5, 4, 4, 8), torch.randn(1, 1, 32)
     frames = torch.cat([block(f, condition, which[:4], (1, 2, 2)) for f in x.split(1, 1)], 1)
     assert (block(x, condition, which, (1, 2, 2)) - frames).abs().max() < 1e-5
 
@@ -176,7 +188,7 @@ def test_diffit_lets_the_noise_level_into_queries_keys_and_values_only(generator
     block, plain = TimeBlock(32, 2, 32), DiTBlock(32, 2, 32)
     block.adaLN_bias[:] = 1
     plain.load_state_dict(block.state_dict(), strict=False)
-    x, rows = torch.randn(6, 32, generator=generator), torch.randn(2, 6 * 32, generator=generator)
+    x, rows = torch.randn(6, 32, generator=generator), torch.randn(1, 2, 6 * 32, generator=generator)
     which = torch.eye(2)[torch.tensor([0, 0, 1, 0, 1, 1])]
     sight, turn = {}, (torch.ones(6, 8), torch.zeros(6, 8))
     see = lambda name: lambda module, given, made: sight.update({name: (given[0], made)})
@@ -187,8 +199,8 @@ def test_diffit_lets_the_noise_level_into_queries_keys_and_values_only(generator
     say(block)
     assert torch.allclose(sight["words"][0], torch.nn.functional.layer_norm(x, (32,)))
     for name in "qkv":
-        linear, ((tokens, _), made) = getattr(block.attention, name), sight[name]
-        assert torch.allclose(made, tokens @ linear.weight.T + linear.bias + (which @ rows) @ linear.time.weight.T, atol=1e-5)
+        linear, ((tokens, *_), made) = getattr(block.attention, name), sight[name]
+        assert torch.allclose(made, tokens @ linear.weight.T + linear.bias + (which @ rows[0]) @ linear.time.weight.T, atol=1e-5)
     assert (say(block) - say(plain)).abs().max() > 1e-2       # the level is heard
     for b in (block, plain):
         b.attention.out.weight.zero_()
@@ -318,7 +330,7 @@ def test_a_pipeline_with_a_part_that_cannot_be_saved_says_so_before_it_writes(tm
 def test_gradients_in_bfloat16_are_those_in_float32(t, generator):
     """On two latent frames they once were not: a 3-D convolution's gradient held whatever lay in memory."""
     block = ConvBlock(32, 16)
-    x, level = torch.randn(2, t, 4, 4, 32, generator=generator), torch.randn(1, 16, generator=generator)
+    x, level = torch.randn(2, t, 4, 4, 32, generator=generator), torch.randn(2, 1, 16, generator=generator)
 
     def gradient(bf16: bool) -> torch.Tensor:
         block.zero_grad()

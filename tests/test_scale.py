@@ -424,22 +424,24 @@ def toy(width, depth, clips, grid, **options):
     return scaling.build(width, depth, **options), data, Batch([t * h * w // (patch[1] * patch[2])] * clips, [16] * clips)
 
 
-def step(model, data):
+def step(model, data, masked=0.0):
     with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = flow_loss(model, data, torch.Generator().manual_seed(0), patch=model.dit.patch, masked=0.0, unconditional=0.0)
+        loss, _ = flow_loss(model, data, torch.Generator().manual_seed(0), patch=model.dit.patch, masked=masked, unconditional=0.0)
     loss.backward()
 
 
+@pytest.mark.parametrize("masked", [0.0, 1.0])
 @pytest.mark.parametrize("width, depth, clips, grid, options", [
     (64, 1, 8, (5, 2, 2), {}), (48, 2, 6, (3, 8, 8), {}), (128, 3, 4, (5, 4, 4), {"mlp_ratio": 4.0}),
     (96, 2, 5, (5, 8, 8), dict(patch=(1, 2, 2), conv_depth=2, conv_width=48))])
-def test_flops_by_formula_are_those_counted(width, depth, clips, grid, options):
+def test_flops_by_formula_are_those_counted(width, depth, clips, grid, options, masked):
     model, data, batch = toy(width, depth, clips, grid, **options)
+    batch.levels = 2 if masked else 1
     with FlopCounterMode(display=False) as counter:
-        step(model, data)
+        step(model, data, masked)
     assert flops_of_step(model, batch)["total"] == pytest.approx(counter.get_total_flops(), rel=0.01)
     with FlopCounterMode(display=False) as counter, recomputed([*model.dit.blocks, *model.dit.stem, *model.dit.head]):
-        step(model, data)
+        step(model, data, masked)
     assert flops_of_step(model, batch, recompute=True)["total"] == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
