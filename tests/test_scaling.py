@@ -19,10 +19,10 @@ def as_batch(clips):
 
 def test_the_count_grows_with_the_batch_and_agrees_with_six_n_d():
     model = build(128, 2, patch=(1, 2, 2))
-    few, many = (step_flops(model, as_batch(coded(n))) for n in (4, 8))
-    assert many == pytest.approx(2 * few, rel=0.03)
+    few, many = (step_flops(model, as_batch(coded(n))) for n in (8, 16))     # in both some clip has given tokens
+    assert many == 2 * few
     weights = sum(p.numel() for p in model.dit.parameters())
-    assert few == pytest.approx(6 * weights * 4 * 8, rel=0.35)
+    assert few == pytest.approx(6 * weights * 8 * 8, rel=0.35)
 
 
 def test_the_exam_asks_models_of_any_patch_the_same():
