@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import oracle
-from .dit import DiT, DiTBlock, SelfAttention
+from .dit import DiT, DiTBlock, Layout, SelfAttention
 from .patches import Grid, apply_rope, best_fit_decreasing, rope
 from .pipeline import Denoiser, SoraLite, flow_loss
 from .shapes import SIZES, Shapes, caption, coverage
@@ -186,12 +186,8 @@ class ScaledDiT(DiT):
         made.way, made.scale = way, scale
         return made
 
-    def forward(self, tokens: Tensor, t: Tensor, coords: Tensor, lengths: list[int], words) -> Tensor:
-        self.turn = scaled_rope(coords, self.head_dim, self.way, self.scale)
-        return super().forward(tokens, t, coords, lengths, words)
-
-    def run(self, x: Tensor, level, lengths: list[int], turn, words) -> Tensor:
-        return super().run(x, level, lengths, self.turn, words)
+    def layout(self, t: Tensor, coords: Tensor, lengths: list[int]) -> Layout:
+        return super().layout(t, coords, lengths)._replace(turn=scaled_rope(coords, self.head_dim, self.way, self.scale))
 
 # %% ../notebooks/07_sizes.ipynb #c6c64cca
 def middle_square(video: Tensor) -> Tensor:

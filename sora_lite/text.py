@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .patches import apply_rope, attention, rope
+from .patches import apply_rope, attention, owners, rope
 from .train import Pretrained
 
 
@@ -88,13 +88,20 @@ class TextEncoder(nn.Module, Pretrained):
         self.blocks = nn.ModuleList(TextBlock(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, captions: list[str | None]) -> tuple[Tensor, list[int]]:
-        numbers = [self.vocabulary.encode(caption) for caption in captions]
-        numbers = [n + [0] * (-len(n) % self.fill) for n in numbers]
-        lengths = [len(n) for n in numbers]
+    def numbers(self, captions: list[str | None]) -> list[list[int]]:
+        """The numbers of each caption's words, filled with blanks."""
+        rows = [self.vocabulary.encode(caption) for caption in captions]
+        return [row + [0] * (-len(row) % self.fill) for row in rows]
+
+    def forward(self, captions: list[str | None] | Tensor) -> tuple[Tensor, list[int]]:
+        """captions, or their `numbers` as a tensor `[B, W]`, where all are of one length."""
         device = self.embed.weight.device
-        x = self.embed(torch.tensor([i for n in numbers for i in n], device=device))
-        place = torch.cat([torch.arange(n, device=device) for n in lengths])
+        if isinstance(captions, Tensor):
+            lengths, said = [captions.shape[1]] * len(captions), captions.flatten()
+        else:
+            rows = self.numbers(captions)
+            lengths, said = [len(row) for row in rows], torch.tensor([i for row in rows for i in row], device=device)
+        x, place = self.embed(said), owners(lengths, device)[1]
         coords = torch.stack([place, torch.zeros_like(place), torch.zeros_like(place)], 1)
         turn = rope(coords, self.width // self.heads)
         for block in self.blocks:

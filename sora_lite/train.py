@@ -92,15 +92,15 @@ class Muon(torch.optim.Optimizer):
             grads = [local(p.grad) for p in params]
             torch._foreach_lerp_(means, grads, 1 - group["momentum"])      # all at once: on a GPU a launch costs more than it does
             ahead = torch._foreach_lerp(grads, means, group["momentum"])
-            torch._foreach_mul_([local(p) for p in params], 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_mul_([local(p) for p in params], 1 - group["lr"] * group["weight_decay"])       # lr may be a tensor
             by_shape: dict[tuple, list[tuple[nn.Parameter, Tensor]]] = {}
             for p, update in zip(params, ahead):
                 by_shape.setdefault((p.shape[0], p.numel() // p.shape[0]), []).append((p, gathered(update, p)))
             for (rows, columns), pairs in by_shape.items():
                 updates = orthogonalize(torch.stack([update.reshape(rows, columns) for _, update in pairs]))
+                updates *= -group["lr"] * max(1, rows / columns) ** 0.5
                 torch._foreach_add_([local(p) for p, _ in pairs],
-                                    [shard(u.view(p.shape), p) for u, (p, _) in zip(updates, pairs)],
-                                    alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+                                    [shard(u.view(p.shape), p) for u, (p, _) in zip(updates, pairs)])
 
 
 def optimizers(model: nn.Module, lr: float, matrix_lr: float) -> list[torch.optim.Optimizer]:
@@ -213,9 +213,24 @@ class Engine:
         """What is open while a part's loss and gradient are computed; gradients are shared after the `last` one."""
         return nullcontext()
 
+    def gradient(self, model: Callable, loss: Callable, data, generator: torch.Generator, *, of: int = 1, last: bool = True,
+                 bf16: bool = True) -> dict[str, Tensor]:
+        """Add the gradient of a part's loss, one `of` so many, to the weights' own; returns the loss and what figures it has."""
+        with self.part(model, last):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                value = loss(model, data, generator)
+            value, extra = value if isinstance(value, tuple) else (value, {})
+            (value if of == 1 else value / of).backward()
+        return {"loss": value.detach()} | extra
+
     def mean(self, numbers: list[float]) -> list[float]:
         """The mean over processes."""
         return numbers
+
+    def step(self, opts: list[torch.optim.Optimizer]) -> None:
+        """Update the weights."""
+        for o in opts:
+            o.step()
 
     def found(self, folder: Path) -> Path | None:
         """The checkpoint in a folder, if there is one."""
@@ -236,7 +251,10 @@ class Engine:
         model.load_state_dict(state["model"])
         torch._foreach_copy_(average, state["average"])
         for o, s in zip(opts, state["opts"]):
+            groups = [{k: v for k, v in group.items() if k != "params"} for group in o.param_groups]
             o.load_state_dict(s)
+            for group, settings in zip(o.param_groups, groups):      # this training's, not those of the device it began on
+                group.update(settings)
         return state["history"]
 
 
@@ -315,18 +333,15 @@ def fit(model: nn.Module, batch: Callable | Sequence[Callable], loss: Callable, 
             buffers = [b.clone() for b in model.buffers()]
             for o, lrs in zip(opts, base):
                 for group, value in zip(o.param_groups, lrs):
-                    group["lr"] = float(value * rate(step, steps, warmup=warmup, schedule=schedule, decay=decay))
+                    now = float(value * rate(step, steps, warmup=warmup, schedule=schedule, decay=decay))
+                    group["lr"] = group["lr"].fill_(now) if isinstance(group["lr"], Tensor) else now
             figures: dict[str, Tensor | float] = {}
             for part in mine:
                 generator = generator_of(seed, step, part)
                 data = sources[part](step, generator)
-                with engine.part(called, last=part == mine[-1]):
-                    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                        value = loss(called, data, generator)
-                    value, extra = value if isinstance(value, tuple) else (value, {})
-                    for name, figure in ({"loss": value.detach()} | extra).items():
-                        figures[name] = figures.get(name, 0.0) + figure / len(mine)
-                    (value if len(mine) == 1 else value / len(mine)).backward()
+                made = engine.gradient(called, loss, data, generator, of=len(mine), last=part == mine[-1], bf16=bf16)
+                for name, figure in made.items():
+                    figures[name] = figures.get(name, 0.0) + figure / len(mine)
             norm = torch.nn.utils.clip_grad_norm_(params, clip)
             # only now is a number asked of the device: before, a GPU would have had to wait for the answer
             figures = dict(zip(figures, engine.mean([float(figure) for figure in figures.values()])))
@@ -336,9 +351,8 @@ def fit(model: nn.Module, batch: Callable | Sequence[Callable], loss: Callable, 
             if not math.isfinite(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)):
                 stop(f"the gradient is not finite at step {step}, though the loss is {number:.4g}")
             whole = False
-            for o in opts:
-                o.step()
-                o.zero_grad(set_to_none=True)
+            engine.step(opts)
+            model.zero_grad(set_to_none=True)
             keep = min(ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(average, [local(p.detach()) for p in params], 1 - keep)
             if watch and step + 1 in watch_at:

@@ -65,10 +65,12 @@ def test_each_token_gets_the_modulation_of_its_own_level(generator):
     dit, lengths = denoiser().dit, [3, 2, 2, 4]
     words = torch.randn(8, 32, generator=generator), [2] * 4
     t = torch.tensor([0.5, 0.0, 0.5, 0.0, 0.5, 1.0, 1.0, 0.9, 0.2, 0.0, 0.9])
-    rows, which = dit.condition(t, lengths, words)
+    coords = torch.cat([coordinates((n, 1, 1)) for n in lengths])
+    rows, which = dit.condition(dit.layout(t, coords, lengths), words)
     assert rows.shape == (4, 3, 32) and which.shape == (11, 3)               # as many as the last clip has
     clips = [i for i, n in enumerate(lengths) for _ in range(n)]
-    alone = [dit.condition(t[i, None], [1], (words[0][2 * c:2 * c + 2], [2]))[0][0] for i, c in enumerate(clips)]
+    alone = [dit.condition(dit.layout(t[i, None], coords[:1], [1]), (words[0][2 * c:2 * c + 2], [2]))[0][0]
+             for i, c in enumerate(clips)]
     torch.testing.assert_close(look_up(which, rows, lengths), torch.cat(alone))
 
 
@@ -103,7 +105,7 @@ class Listener:
     """Remembers what it is shown; says nonsense of given tokens, and nothing of the rest."""
     text = types.SimpleNamespace(vocabulary=Vocabulary(vocabulary()))
 
-    def __call__(self, tokens, t, coords, lengths, captions):
+    def __call__(self, tokens, t, coords, lengths, captions, layout=None):
         self.tokens, self.given, self.captions = tokens, t == 0, captions
         return torch.where(self.given[:, None], 1e6, 0.0).expand(tokens.shape)
 

@@ -5,7 +5,8 @@ from torch import nn
 
 from sora_lite.dit import DiT
 from sora_lite.patches import attention
-from sora_lite.pipeline import Denoiser, SoraLite, encode_world, flow_loss
+from sora_lite.pipeline import Denoiser, SoraLite, encode_world, flow_loss, made_ahead
+from sora_lite.replay import Ahead, Replay, recorded
 from sora_lite.shapes import Shapes, vocabulary
 from sora_lite.text import TextEncoder
 from sora_lite.train import compiled, fit
@@ -68,6 +69,37 @@ def test_a_training_takes_the_same_steps():
         with compiled([*dit.blocks, *dit.stem, *dit.head] if fast else [], device):
             curves.append(torch.tensor(fit(model, draw, flow_loss, steps=12, warmup=4, device=device).losses))
     assert (curves[1] - curves[0]).abs().max() < 0.03 and (curves[2] - curves[0]).abs().max() < 0.03, curves
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_recorded_training_takes_the_same_steps(fast):
+    """Clips, beginnings of clips and images in turn: three recordings, and the losses of a training that records nothing."""
+    world, curves = Shapes(32, 32, 9, objects=(1, 2), level="ordinary+descriptive"), []
+    for replayed in (False, True):
+        vae, text, dit = parts("cuda")
+        latents, captions = encode_world(vae, world, 64, 0, batch=32)
+        model = Denoiser(text, dit)
+
+        def draw(step, generator, where="cpu"):
+            index = torch.randint(64, (16,), generator=generator)
+            return list(latents[index, :, :3 - step % 3].float().to(where)), [captions[i] for i in index.tolist()]
+
+        batch, engine = (lambda step, generator: draw(step, generator, "cuda")), None
+        if replayed:
+            batch = Ahead(lambda step, generator: made_ahead(model, *draw(step, generator), generator), 12, workers=2)
+            engine = Replay()
+        model = model.to("cuda")
+        with compiled([*text.blocks, *dit.blocks, *dit.stem, *dit.head] if fast else [], "cuda"):
+            curves.append(torch.tensor(fit(model, batch, flow_loss, steps=12, warmup=4, device="cuda", engine=engine).losses))
+    assert len(engine.kinds) == 3
+    assert (curves[1] - curves[0]).abs().max() < 0.03, curves
+
+
+def test_a_recording_reads_what_lies_there_now():
+    x, y = torch.zeros(4, device="cuda"), torch.ones(4, device="cuda")
+    replay = recorded(lambda: (x + y).exp())
+    x.fill_(2)
+    assert torch.allclose(replay(), torch.full_like(x, 3).exp())
 
 
 def test_a_prompt_becomes_the_same_video():
