@@ -90,8 +90,8 @@ def noised(text: "TextEncoder", latents: list[Tensor], captions: list[str | None
     equal caption lengths stand side by side, which attention rewards.
     """
     coin = torch.rand(2, len(latents), generator=generator)
-    captions = [None if drop or not (text or "").strip() else text      # a clip without words trains the empty caption
-                for text, drop in zip(captions, (coin[0] < unconditional).tolist())]
+    captions = [None if drop or not (said or "").strip() else said      # a clip without words trains the empty caption
+                for said, drop in zip(captions, (coin[0] < unconditional).tolist())]
     order = sorted(range(len(latents)), key=lambda i: (
         latents[i].shape, len(text.vocabulary.encode(captions[i]))))
     shapes = [latents[i].shape for i in order]
