@@ -114,7 +114,7 @@ def activation_bytes(model: Denoiser, batch: Batch, *, fused: bool = False, reco
     squares = 0 if fused else sum(x * x for x in batch.words)
     words = 2 * (m * (14 * v + 4 * dt) + k * squares + 12 * v * v) + 4 * m * (2 * v + 4)
     ends = (2 * (n * (4 * w + 2 * channels + batch.levels + 2) + w * channels + 9 * w * w + v * w + p * (128 + 4 * w) + b * v)
-            + n * (8 * channels + 1) + m * (8 * v + 24))
+            + n * (4 * channels + 1) + m * (8 * v + 24))
     if recompute:
         return {"blocks": dit["depth"] * 2 * n * w, "one block at work": block + casts,
                 "text": text["depth"] * words, "ends": ends}
@@ -151,7 +151,7 @@ def peak_of_training(model: Denoiser, batch: Batch, **options) -> int:
     larger batch, what the forward pass keeps, the batch's own numbers, and a block's gradients under way."""
     state, n = state_bytes(model), sum(batch.tokens)
     moment = sum(activation_bytes(model, batch, **options).values()) + n * (
-        20 * model.dit.config["channels"] + 4 * model.dit.config["width"])
+        24 * model.dit.config["channels"] + 4 * model.dit.config["width"])
     return sum(state.values()) - state["gradients"] + max(state["gradients"], moment)
 
 # %% ../notebooks/16_scale.ipynb #4ea75912
