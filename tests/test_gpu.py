@@ -73,7 +73,8 @@ def test_a_training_takes_the_same_steps():
 
 @pytest.mark.parametrize("fast", [False, True])
 def test_a_recorded_training_takes_the_same_steps(fast):
-    """Clips, beginnings of clips and images in turn: three recordings, and the losses of a training that records nothing."""
+    """Clips, beginnings of clips and images in turn: three recordings, and the losses of a training that records nothing.
+    Compiled, which takes a while for each kind: clips only."""
     world, curves = Shapes(32, 32, 9, objects=(1, 2), level="ordinary+descriptive"), []
     for replayed in (False, True):
         vae, text, dit = parts("cuda")
@@ -82,16 +83,16 @@ def test_a_recorded_training_takes_the_same_steps(fast):
 
         def draw(step, generator, where="cpu"):
             index = torch.randint(64, (16,), generator=generator)
-            return list(latents[index, :, :3 - step % 3].float().to(where)), [captions[i] for i in index.tolist()]
+            return list(latents[index, :, :3 - (0 if fast else step % 3)].float().to(where)), [captions[i] for i in index.tolist()]
 
         batch, engine = (lambda step, generator: draw(step, generator, "cuda")), None
         if replayed:
             batch = Ahead(lambda step, generator: made_ahead(model, *draw(step, generator), generator), 12, workers=2)
             engine = Replay()
         model = model.to("cuda")
-        with compiled([*text.blocks, *dit.blocks, *dit.stem, *dit.head] if fast else [], "cuda"):
+        with compiled([*text.blocks, *dit.blocks, *dit.stem, *dit.head] if fast and replayed else [], "cuda"):
             curves.append(torch.tensor(fit(model, batch, flow_loss, steps=12, warmup=4, device="cuda", engine=engine).losses))
-    assert len(engine.kinds) == 3
+    assert len(engine.kinds) == (1 if fast else 3)
     assert (curves[1] - curves[0]).abs().max() < 0.03, curves
 
 
