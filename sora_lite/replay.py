@@ -94,6 +94,8 @@ class Replay(Engine):
         return [0]
 
     def gradient(self, model, loss, data, generator, *, of=1, last=True, bf16=True) -> dict[str, Tensor]:
+        for p, place in self.gradients:
+            p.grad = place
         leaves, _ = pytree.tree_flatten(data)
         kind = str([(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves])
         if kind not in self.kinds:
@@ -101,23 +103,17 @@ class Replay(Engine):
         inputs, replay = self.kinds[kind]
         for mine, new in zip(inputs, (x for x in leaves if isinstance(x, Tensor))):
             mine.copy_(new, non_blocking=True)
-        self.place_gradients()
         return replay()
-
-    def place_gradients(self) -> None:
-        for p, gradient in self.gradients:
-            p.grad = gradient
 
     def record(self, model, loss, data, bf16: bool) -> tuple[list[Tensor], Callable]:
         """Where a batch of this kind must lie, and its replay."""
         data = pytree.tree_map_only(Tensor, lambda x: x.to(self.device, copy=True), data)
-        plain, buffers = super().gradient, [gradient for _, gradient in self.gradients]
+        plain, places = super().gradient, [place for _, place in self.gradients]
 
         def action():
-            torch._foreach_zero_(buffers)
+            torch._foreach_zero_(places)
             return plain(model, loss, data, None, bf16=bf16)
 
-        self.place_gradients()
         return [x for x in pytree.tree_flatten(data)[0] if isinstance(x, Tensor)], recorded(action)
 
     def step(self, opts: list[torch.optim.Optimizer]) -> None:
