@@ -196,7 +196,7 @@ def _open(path: Path) -> tuple[av.container.InputContainer, av.VideoStream]:
     if not streams:
         sound = " (sound only)" if container.streams.audio else ""
         container.close()
-        raise ValueError(f"{path} holds no pictures{sound}")
+        raise ValueError(f"{path} is not a video: it holds no pictures{sound}")
     streams[0].thread_type = "AUTO"
     return container, streams[0]
 

@@ -1,6 +1,7 @@
 """Video files in and out: round trips, every kind of difficult file, refusals, and the diet of `show`."""
 import errno
 import os
+import random
 import resource
 import struct
 import warnings
@@ -212,10 +213,12 @@ def sound_only(path: Path) -> Path:
 def test_refusals_name_the_file_and_the_reason(tmp_path, function):
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "letter.mp4").write_text("Dear reader, this is not a video.")
-    (tmp_path / "noise.webm").write_bytes(os.urandom(5000))
+    (tmp_path / "noise.webm").write_bytes(random.Random(0).randbytes(5000))
+    (tmp_path / "luck.webm").write_bytes(random.Random(131).randbytes(5000))       # FFmpeg finds a container here, of nothing
     sound_only(tmp_path / "song.mp4")
     for name, reason, kind in (("empty.mp4", "empty", ValueError), ("letter.mp4", "not a video", ValueError),
-                               ("noise.webm", "not a video", ValueError), ("song.mp4", "sound only", ValueError),
+                               ("noise.webm", "not a video", ValueError), ("luck.webm", "not a video", ValueError),
+                               ("song.mp4", "sound only", ValueError),
                                ("lost.mp4", "no video file", FileNotFoundError),
                                (".", "no video file", FileNotFoundError)):
         with pytest.raises(kind, match=reason) as caught:
