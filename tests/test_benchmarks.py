@@ -297,11 +297,25 @@ def test_a_killed_night_goes_on_and_a_broken_checkpoint_is_named(tmp_path):
                     json.loads((tmp_path / "row3.json").read_text())["tables"][0]["rows"]}
     first, times = read(), {p.name: p.stat().st_mtime_ns for p in (tmp_path / "fidelity").glob("*-?.pt")}
     lost = next(p for p in (tmp_path / "fidelity").glob("Wan-*-1.pt"))   # as if the run had ended before it
+    record = tmp_path / "fidelity" / "record.json"
+    kept = json.loads(record.read_text())
+    known = kept["trainings"].pop(lost.stem)
     lost.unlink()
+    record.write_text(json.dumps(kept))
     assert run().returncode == 0 and lost.is_file()
     assert {k: n for k, n in read().items() if k != ("Wan", 1)} == {k: n for k, n in first.items() if k != ("Wan", 1)}
     again = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "fidelity").glob("*-?.pt") if p != lost}
     assert again == {k: t for k, t in times.items() if k != lost.name}   # nothing else was trained again
+    assert json.loads(record.read_text())["trainings"][lost.stem] == known      # and this as it had been
     lost.write_bytes(lost.read_bytes()[:1000])
     done = run()
     assert done.returncode != 0 and lost.name in done.stderr and "delete it" in done.stderr
+    for path in (tmp_path / "fidelity").glob("*-?.pt"):       # another machine: the record alone, and nothing is trained
+        path.unlink()
+    before, page = record.read_text(), (tmp_path / "row3.md").read_text()
+    assert run().returncode == 0 and not list((tmp_path / "fidelity").glob("*-?.pt"))
+    assert record.read_text() == before and (tmp_path / "row3.md").read_text() == page
+    kept["trainings"][lost.stem] = known | dict(plan=known["plan"] | dict(batch=99))
+    record.write_text(json.dumps(kept))
+    done = run()
+    assert done.returncode != 0 and lost.stem in done.stderr and "another run" in done.stderr

@@ -3,12 +3,14 @@
 `make bench-fidelity`, or `python tests/benchmarks/fidelity.py --minutes 24`. It runs for hours. Each contender
 begins such a training with three learning rates, and after a third of it the best goes on (successive halving, Jamieson
 2016): ours to its end and under two seeds more, the plain recipe anew under three seeds for three times as long, which
-is what it would need to be within the target. Trainings of a stage take turns, each piece is written down, and a killed
-run goes on where it stopped.
+is what it would need to be within the target. Every minute of a training is written down, and a killed run goes on where it
+stopped.
 
 The clock is the first thing that is measured: the seconds of a step of each kind, in turns, on the machine as it is then
 (it should have nothing else to do for these minutes). A training's minutes are its steps times that, so what else the
-machine does in the hours that follow changes nothing.
+machine does in the hours that follow changes nothing, nor does another machine: the clock and the curve of each training lie
+in record.json, a few kilobytes that `--keep` puts into the book, and `--go-on` continues from there. `--seeds 1`, later 2 and
+3, spreads the row over several evenings.
 """
 import os
 
@@ -28,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import harness
-from harness import TOLERANCE, equal, interleaved, parameters, spread
+from harness import ROOT, TOLERANCE, equal, interleaved, parameters, spread
 from peers import AsDiT, build
 from sora_lite.lab import fingerprint
 from sora_lite.pipeline import Denoiser, SoraLite, encode_world, flow_loss
@@ -40,6 +42,7 @@ from sora_lite.vae import VideoVAE
 from sora_lite.video import write_atomically
 from sora_lite.worlds import world_of
 
+KEPT = ROOT / "book" / "fidelity.json"           # clock and curves behind the row in the book
 GRID, PIXELS = (5, 4, 4), (17, 64, 64)          # 80 tokens; frames, height, width
 MARKS, TARGET = (0.8, 0.9), 3.0
 RATES = {"ours": (1e-3, 2e-3, 4e-3), "Wan": (3e-4, 1e-3, 3e-3)}     # ours: Muon's rate is ten times AdamW's
@@ -62,9 +65,10 @@ class Recipe:
     """A contender in training: model, optimisers, average of its weights, and its curve of (minutes, prompt fidelity,
     share of all attributes that are right) at each look.
 
-    A call trains to its next look, or for at most a minute, and writes itself down; it returns the seconds of training
-    that this is on the clock. clock: seconds of a step of each kind of batch, without which nothing is trained. What
-    judges, what reads clips and what compiles is not on the clock.
+    A call trains to its next look, or for at most a minute, and writes itself down: what it needs to go on beside the
+    record, its curve into the record. It returns the seconds of training that this is on the clock. clock: seconds of a
+    step of each kind of batch, without which nothing is trained. What judges, what reads clips and what compiles is not on
+    the clock.
     """
     KINDS = {"ours": ("images", "beginnings", "clips"), "Wan": ("clips",)}
 
@@ -94,7 +98,7 @@ class Recipe:
         self.total = max(1, round(self.limit / course(1200) * 1200))       # the course is the same at any length
         self.plan = dict(name=name, lr=lr, seed=seed, minutes=minutes, batch=batch, prompts=prompts, looks=looks, sizes=sizes,
                          clips={kind: len(latents) for kind, (latents, _) in pool.items()}, vae=whose, clock=clock)
-        self.path = folder / f"{name}-{lr:g}-{minutes:g}min-{seed}.pt"
+        self.path, self.record = folder / f"{name}-{lr:g}-{minutes:g}min-{seed}.pt", folder / "record.json"
         if self.path.is_file():
             self.resume()
 
@@ -106,9 +110,7 @@ class Recipe:
     def resume(self) -> None:
         """Go on from what was written; ValueError if it belongs to another plan."""
         state = load_checkpoint(self.path, self.device)
-        if state["plan"] != self.plan:
-            raise ValueError(f"{self.path} belongs to another run ({state['plan']}, now {self.plan}): delete it, or "
-                             f"give another folder with --out")
+        planned(self.path, state["plan"], self.plan)
         self.model.load_state_dict(state["model"])
         self.average = state["average"]
         for o, saved in zip(self.opts, state["opts"]):
@@ -120,6 +122,14 @@ class Recipe:
         torch.save(dict(plan=self.plan, model=self.model.state_dict(), average=self.average, steps=self.steps,
                         opts=[o.state_dict() for o in self.opts], seconds=self.seconds, curve=self.curve), buffer)
         write_atomically(self.path, lambda p: p.write_bytes(buffer.getbuffer()))
+
+    def recall(self, looks: int) -> None:
+        """Take the curve from the record if it has so many looks there, from here or from elsewhere: nothing but the curve is
+        needed of a training that is over. ValueError if it belongs to another plan."""
+        kept = json.loads(self.record.read_text())["trainings"].get(self.path.stem)
+        if kept and len(kept["curve"]) >= looks > len(self.curve):
+            planned(f"{self.path.stem} in {self.record}", kept["plan"], self.plan)
+            self.steps, self.seconds, self.curve = kept["steps"], kept["seconds"], kept["curve"]
 
     def kind(self, step: int, total: int) -> str:
         """What a step of a training of `total` steps is made of. Ours: chapter 5's course, images for a fifth, beginnings of
@@ -182,14 +192,26 @@ class Recipe:
             if self.steps >= self.total:
                 had, self.seconds = had + self.limit - self.seconds, self.limit      # less than a step
         self.save()
+        if self.curve:
+            whole = json.loads(self.record.read_text())
+            whole["trainings"][self.path.stem] = dict(plan=self.plan, steps=self.steps, seconds=self.seconds, curve=self.curve)
+            write_atomically(self.record, lambda p: p.write_text(json.dumps(whole, indent=1) + "\n"))
         return had
 
 
-def clocks(make, folder: Path, device: torch.device, seconds: float, eager: bool, plan: dict) -> dict[str, dict[str, dict]]:
-    """Seconds of a step of each contender and kind of batch, with their spread: of interleaved rounds, measured once and
-    kept. ValueError if what was kept belongs to another plan."""
-    path = folder / "clock.json"
+def planned(what: object, kept: dict, plan: dict) -> None:
+    """ValueError if what was kept belongs to another plan."""
+    if kept != plan:
+        raise ValueError(f"{what} belongs to another run ({kept}, now {plan}): delete it, or give another folder with --out")
+
+
+def clocks(make, folder: Path, device: torch.device, seconds: float, eager: bool, plan: dict) -> dict:
+    """The record {plan, machine, clock, trainings}. Its clock: seconds of a step of each contender and kind of batch, with
+    their spread, of interleaved rounds, measured once and kept. ValueError if what was kept belongs to another plan."""
+    path = folder / "record.json"
     if not path.is_file():
+        host = harness.machine(device)
+        harness.greet(host, device)
         arms = {name: make(name, lrs[0], 0) for name, lrs in RATES.items()}
         with ExitStack() as stack:
             for arm in arms.values() if not eager else []:
@@ -198,12 +220,12 @@ def clocks(make, folder: Path, device: torch.device, seconds: float, eager: bool
             times, _ = interleaved(works, seconds=seconds, device=device, most=10_000, desc="the clock")
         torch.compiler.reset()
         found = {name: {kind: spread(times[name, kind]) for kind in Recipe.KINDS[name]} for name in arms}
-        write_atomically(path, lambda p: p.write_text(json.dumps(dict(plan=plan, seconds=found), indent=1) + "\n"))
-    kept = json.loads(path.read_text())
-    if kept["plan"] != plan:
-        raise ValueError(f"{path} was measured for another run ({kept['plan']}, now {plan}): delete it, or give another folder "
-                         f"with --out")
-    return kept["seconds"]
+        record = dict(plan=plan, machine=host, clock=found, trainings={})
+        write_atomically(path, lambda p: p.write_text(json.dumps(record, indent=1) + "\n"))
+    record = json.loads(path.read_text())
+    planned(path, record["plan"], plan)
+    print(f"by the clock of {record['machine']['when']}, {record['machine']['device']}")
+    return record
 
 
 def minutes_to(curve: list, mark: float) -> float | None:
@@ -252,7 +274,7 @@ def report(runs: dict[str, list[Recipe]], sweep: dict[str, list[Recipe]], swept:
     columns = {"recipe": "", "seed": "d", "learning rate": ".0e", "steps": "d",
                **{f"minutes to {mark:.0%}": ".1f" for mark in MARKS}, "best fidelity": ".1%", "attributes right at the end": ".1%"}
     return dict(title="Minutes to prompt fidelity", equal=equals, verdicts=verdicts, tables=[
-        dict(title="Three seeds", rows=rows, columns=columns),
+        dict(title="Under each seed", rows=rows, columns=columns),
         dict(title="The sweep of learning rates (seed 0)", rows=begun, columns={
             "recipe": "", "learning rate": ".0e", "minutes": ".1f", "fidelity": ".1%", "attributes right": ".1%"})], remarks=[])
 
@@ -270,8 +292,9 @@ def main() -> None:
     parse.add_argument("--tiny", action="store_true", help="see that it runs")
     parse.add_argument("--eager", action="store_true", help="compile neither contender")
     parse.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parse.add_argument("--out", type=Path, default=harness.ROOT / "runs" / "bench")
-    parse.add_argument("--keep", action="store_true", help="write the result into the book too")
+    parse.add_argument("--out", type=Path, default=ROOT / "runs" / "bench")
+    parse.add_argument("--keep", action="store_true", help="write the result and the record into the book too")
+    parse.add_argument("--go-on", action="store_true", help="by the clock and after the trainings of the book's record")
     args = parse.parse_args()
     sizes, rates = dict(conv_depth=5), RATES
     if args.tiny:
@@ -283,11 +306,13 @@ def main() -> None:
         parse.error("minutes, looks, prompts, pool, batch and seeds must be above 0")
     device, folder = torch.device(args.device), args.out / "fidelity"
     folder.mkdir(parents=True, exist_ok=True)
+    if args.go_on and not (folder / "record.json").is_file():
+        if not KEPT.is_file():
+            parse.error(f"there is no {KEPT} to go on from: leave out --go-on")
+        write_atomically(folder / "record.json", lambda p: p.write_bytes(KEPT.read_bytes()))
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     keep_memory()
-    host = harness.machine(device)
-    harness.greet(host, device)
-    coder = harness.ROOT / "data" / "sora-lite" / "vae"
+    coder = ROOT / "data" / "sora-lite" / "vae"
     vae, pool, whose = VideoVAE.from_pretrained(coder, device), {}, fingerprint(coder)[:12]
     seen = world_of("shapes", seed=0, pillar=0.1)           # its latents are divided as chapter 2 divides them now
     vae.measure_latents([seen.batch(16, torch.Generator().manual_seed(i))[0].to(device) for i in range(8)])
@@ -301,16 +326,21 @@ def main() -> None:
 
     common = dict(looks=args.looks, batch=args.batch, sizes=sizes, prompts=args.prompts, vae=vae, whose=whose, pool=pool,
                   folder=folder, device=device)
-    ticks = clocks(partial(Recipe, minutes=args.minutes, **common), folder, device, args.clock, args.eager,
-                   dict(batch=args.batch, sizes=sizes, eager=args.eager, device=device.type))
+    record = clocks(partial(Recipe, minutes=args.minutes, **common), folder, device, args.clock, args.eager,
+                    dict(batch=args.batch, sizes=sizes, eager=args.eager, device=device.type))
+    ticks = record["clock"]
     clock = {name: {kind: found["median"] for kind, found in kinds.items()} for name, kinds in ticks.items()}
     make = lambda name, lr, seed, minutes=args.minutes: Recipe(name, lr, seed, minutes=minutes, clock=clock[name], **common)
 
     def train(arms: list[Recipe], stage: str, looks: int) -> None:
+        for arm in arms:
+            arm.recall(looks)
+        label = {f"{arm.name} {arm.lr:g} {arm.seed}": arm for arm in arms if len(arm.curve) < looks}
+        if not label:
+            return
         with ExitStack() as stack:
-            for arm in arms if not args.eager else []:
+            for arm in label.values() if not args.eager else []:
                 stack.enter_context(compiled(arm.blocks, device))
-            label = {f"{arm.name} {arm.lr:g} {arm.seed}": arm for arm in arms}
             harness.in_turn(label, desc=stage,
                             seconds={k: arm.seconds_to(looks) - 1e-6 for k, arm in label.items()},
                             used={k: arm.seconds for k, arm in label.items()})
@@ -320,10 +350,11 @@ def main() -> None:
     first = max(1, args.looks // 3)
     train([arm for arms in sweep.values() for arm in arms], "sweep", first)
     lr = {name: best_rate(arms, first) for name, arms in sweep.items()}
-    runs = {"ours": [next(arm for arm in sweep["ours"] if arm.lr == lr["ours"])] + [
-                make("ours", lr["ours"], seed) for seed in range(1, args.seeds)],
-            "Wan": [make("Wan", lr["Wan"], seed, TARGET * args.minutes) for seed in range(args.seeds)]}
-    train(runs["ours"] + runs["Wan"], "seeds", args.looks)
+    runs = {name: [make(name, lr[name], seed, times * args.minutes) for seed in range(args.seeds)]
+            for name, times in (("ours", 1), ("Wan", TARGET))}        # ours under seed 0 goes on from the sweep
+    for seed in range(args.seeds):              # one seed after the other: an evening that ends early has whole ones
+        for name, arms in runs.items():
+            train([arms[seed]], f"{name}, seed {seed}", args.looks)
     result = report(runs, sweep, first, [
         f"{same}, text encoder, autoencoder, clips, batch ({args.batch} clips; ours takes as much work in images and beginnings "
         f"of clips), autocast to bfloat16, compiled blocks ({'no' if args.eager else 'both'}), averaging of weights, schedule of "
@@ -336,13 +367,14 @@ def main() -> None:
         "Learning rates taken: " + ", ".join(f"{name} {rate:g}" for name, rate in lr.items()) + ".",
         "Minutes are steps times the seconds of a step, which were measured in turns before all trainings: " + "; ".join(
             f"{name} {kind} {harness.show(found)}" for name, kinds in ticks.items() for kind, found in kinds.items()) + "."]
-    every = {id(arm): arm for arms in [*sweep.values(), *runs.values()] for arm in arms}
-    result |= dict(row=3, tiny=args.tiny, machine=host, hours=round(sum(arm.seconds for arm in every.values()) / 3600, 3),
+    every = {arm.path: arm.seconds for arms in [*sweep.values(), *runs.values()] for arm in arms}
+    result |= dict(row=3, tiny=args.tiny, machine=record["machine"], hours=round(sum(every.values()) / 3600, 3),
                    options={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()})
     harness.keep(args.out, "row3", result)
     print("\n" + harness.markdown(result))
     if args.keep:
         harness.keep_in_book({"3": result})
+        write_atomically(KEPT, lambda p: p.write_bytes((folder / "record.json").read_bytes()))
 
 
 if __name__ == "__main__":
