@@ -9,8 +9,8 @@ stopped.
 The clock is the first thing that is measured: the seconds of a step of each kind, in turns, on the machine as it is then
 (it should have nothing else to do for these minutes). A training's minutes are its steps times that, so what else the
 machine does in the hours that follow changes nothing, nor does another machine: the clock and the curve of each training lie
-in record.json, a few kilobytes that `--keep` puts into the book, and `--go-on` continues from there. `--seeds 1`, later 2 and
-3, spreads the row over several evenings.
+in record.json, a few kilobytes that `--keep` puts into the book after each stage, and `--go-on` continues from there.
+`--seeds 1`, later 2 and 3, spreads the row over several evenings.
 """
 import os
 
@@ -344,6 +344,8 @@ def main() -> None:
             harness.in_turn(label, desc=stage,
                             seconds={k: arm.seconds_to(looks) - 1e-6 for k, arm in label.items()},
                             used={k: arm.seconds for k, arm in label.items()})
+        if args.keep:
+            write_atomically(KEPT, lambda p: p.write_bytes((folder / "record.json").read_bytes()))
 
     sweep = {name: [make(name, lr, 0) for lr in rates[name]] for name in rates}
     same = equal("parameters of the transformers", {name: arms[0].count for name, arms in sweep.items()}, TOLERANCE)
@@ -374,7 +376,6 @@ def main() -> None:
     print("\n" + harness.markdown(result))
     if args.keep:
         harness.keep_in_book({"3": result})
-        write_atomically(KEPT, lambda p: p.write_bytes((folder / "record.json").read_bytes()))
 
 
 if __name__ == "__main__":
