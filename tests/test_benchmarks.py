@@ -319,3 +319,9 @@ def test_a_killed_night_goes_on_and_a_broken_checkpoint_is_named(tmp_path):
     record.write_text(json.dumps(kept))
     done = run()
     assert done.returncode != 0 and lost.stem in done.stderr and "another run" in done.stderr
+
+
+@needs_diffusers
+def test_a_row_that_goes_on_from_the_books_record_is_of_the_same_plan(tmp_path):
+    done = bench("fidelity.py", "--tiny", "--go-on", out=tmp_path)
+    assert done.returncode != 0 and "record.json" in done.stderr and "another run" in done.stderr
