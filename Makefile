@@ -1,5 +1,5 @@
 # The two commands: `make book` runs every chapter and renders the book; `make test` passes the tests.
-# Beside them: `make bench` measures ours against diffusers' models (20 minutes), `make bench-fidelity` for six hours.
+# Beside them: `make bench` measures ours against diffusers' models (20 minutes), `make bench-fidelity` for five hours.
 PROFILE ?= toy
 PYTHON  ?= $(shell command -v python3.11 || command -v python3)
 BIN     := .venv/bin

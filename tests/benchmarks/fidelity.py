@@ -1,6 +1,6 @@
 """Row 3: minutes to 80% and 90% prompt fidelity, our recipe beside diffusers' Wan transformer with a plain one.
 
-`make bench-fidelity`, or `python tests/benchmarks/fidelity.py --minutes 24`. It runs for hours. Each contender
+`make bench-fidelity`, or `python tests/benchmarks/fidelity.py --minutes 20`. It runs for hours. Each contender
 begins such a training with three learning rates, and after a third of it the best goes on (successive halving, Jamieson
 2016): ours to its end and under two seeds more, the plain recipe anew under three seeds for three times as long, which
 is what it would need to be within the target. Every minute of a training is written down, and a killed run goes on where it
@@ -191,11 +191,10 @@ class Recipe:
             self.look()
             if self.steps >= self.total:
                 had, self.seconds = had + self.limit - self.seconds, self.limit      # less than a step
-        self.save()
-        if self.curve:
             whole = json.loads(self.record.read_text())
             whole["trainings"][self.path.stem] = dict(plan=self.plan, steps=self.steps, seconds=self.seconds, curve=self.curve)
             write_atomically(self.record, lambda p: p.write_text(json.dumps(whole, indent=1) + "\n"))
+        self.save()
         return had
 
 
@@ -281,7 +280,7 @@ def report(runs: dict[str, list[Recipe]], sweep: dict[str, list[Recipe]], swept:
 
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parse.add_argument("--minutes", type=float, default=24,
+    parse.add_argument("--minutes", type=float, default=20,
                        help="of training steps; the plain recipe's seeds get three times as many")
     parse.add_argument("--clock", type=float, default=180, help="seconds for measuring the seconds of a step")
     parse.add_argument("--looks", type=int, default=6, help="how often in a training fidelity is judged")
