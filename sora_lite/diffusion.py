@@ -113,7 +113,7 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> 
 
 def guidance_at(t: Tensor, scale: float, early: float = 1.0, above: float = 0.8) -> Tensor:
     """The scale of guidance at noise levels t, for `guide`: `scale`, and above the level `above` as far from 1 again as
-    `early` says, 1 + early (scale - 1). After Kynkäänniemi 2024, who guide in one interval of levels only."""
+    `early` says, 1 + early (scale - 1). (Kynkäänniemi 2024 switch it off at high levels; here it is strongest there.)"""
     return 1 + (scale - 1) * torch.where(t > above, early, 1.0)
 
 

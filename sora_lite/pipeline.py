@@ -41,8 +41,8 @@ def draw_mask(coords: Tensor, grid: tuple[int, int, int], generator: torch.Gener
     frame = coords[:, 0]
     if kind in ("first", "last", "ends"):
         n = 1 + draw(max(1, t - 1 - (kind == "ends")))
-        first, last = frame < (n + (kind == "ends")) // (1 + (kind == "ends")), frame >= t - n
-        mask = {"first": frame < n, "last": last, "ends": first | (frame == t - 1)}[kind]
+        mask = {"first": frame < n, "last": frame >= t - n,
+                "ends": (frame < (n + 1) // 2) | (frame == t - 1)}[kind]
     elif kind == "frames":
         mask = (torch.rand(t, generator=generator) < 0.5)[frame]
     else:
