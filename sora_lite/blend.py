@@ -5,6 +5,7 @@ __all__ = ['MORE_WAYS', 'invert', 'sdedit', 'blended', 'slerp', 'frames_to_disso
 
 # %% ../notebooks/10_blend.ipynb #b49c32f5
 """Videos as prompts: SDEdit and inversion, two videos connected, predictions blended."""
+import math
 from collections.abc import Callable
 
 import torch
@@ -96,8 +97,10 @@ def connect(pipe: SoraLite, first: Source, second: Source, prompts: tuple[str | 
     frames at each join that fade. `how`: options of `edit.between` and `edit.fill`, here with no guidance, context 2
     and smooth to begin with. ValueError for clips of different sizes.
     """
+    if isinstance(prompts, str) or len(prompts) != 2:
+        raise ValueError(f"connect needs two prompts, what the first clip shows and what the second does; got {prompts!r}")
     how = dict(guidance_scale=1.0, context=2, smooth=True) | how
-    (a, said_a), (b, said_b) = paired(take(pipe, first), prompts[0]), paired(take(pipe, second), prompts[1])
+    (a, said_a), (b, said_b) = (paired(take(pipe, clip, frames=math.inf), said) for clip, said in zip((first, second), prompts))
     n = max(len(a), len(b))
     (a, said_a), (b, said_b) = paired(a, said_a * (n // len(a))), paired(b, said_b * (n // len(b)))
     known = pipe.defaults["frames"]

@@ -190,8 +190,8 @@ def how_to_shard(parameters: float, tokens: int, gpu: Machine, most: int = 1024)
     each, block = 2 * (22 + 4 * 2) * width, 6 * parameters / depth       # of a token; weights, in both precisions
     for recompute in (False, True):
         kept = tokens * width * (2 * depth if recompute else 0) + tokens * each * (1 if recompute else depth)
-        for split in (1,) if not recompute else tuple(2 ** k for k in range(11)):
-            for gpus in (2 ** k for k in range(11) if split <= 2 ** k <= most):
+        for split in (1,) if not recompute else tuple(2 ** k for k in range(most.bit_length())):
+            for gpus in (2 ** k for k in range(most.bit_length()) if split <= 2 ** k <= most):
                 state, gathered = 20 * parameters / gpus, block if gpus > 1 else 2 * parameters / depth
                 if state + kept / split + gathered > 0.9 * gpu.memory:
                     continue

@@ -119,9 +119,9 @@ def guidance_at(t: Tensor, scale: float, early: float = 1.0, above: float = 0.8)
 
 def schedule(steps: int, shift: float = 1.0, start: float = 1.0) -> Tensor:
     """steps + 1 times from `start` down to 0, evenly spaced and then shifted."""
-    if steps < 1 or not 0 < start <= 1:
-        raise ValueError(f"sampling needs at least one step and a start in (0, 1], got {steps} and {start}")
-    return shift_times(torch.linspace(1, 0, steps + 1), shift) * start
+    if not steps >= 1 or steps % 1 or not 0 < start <= 1:
+        raise ValueError(f"sampling needs at least one step, a whole number of them, and a start in (0, 1], got {steps} and {start}")
+    return shift_times(torch.linspace(1, 0, int(steps) + 1), shift) * start
 
 
 @torch.no_grad()

@@ -7,6 +7,8 @@ __all__ = ['Source', 'behind_still', 'steered', 'fill', 'take', 'paired', 'recod
 
 # %% ../notebooks/09_edit.ipynb #9392dceb
 """Editing is a mask: which tokens are given, which are made, and how strongly; one sampler for all."""
+import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,14 +94,20 @@ def take(pipe: SoraLite, source: Source, *, frames: int | None = None, size: tup
 
     source: a file (video or picture), a Clip, a picture `[3, H, W]`, a video `[3, T, H, W]` or a batch of videos. A
     file is made to fit: read at the pipeline's fps, its middle cropped to `size` (height, width; None: the
-    pipeline's), at most `frames` of it (None: the pipeline's), cut to 1 + 4k. All else stays as it is: ValueError
-    says what is wrong and names the nearest size that fits. any_length: take any number of frames.
+    pipeline's), at most `frames` of it (math.inf: all; None: the pipeline's, with a warning if there are more), cut to
+    1 + 4k. All else stays as it is: ValueError says what is wrong and names the nearest size that fits. any_length:
+    take any number of frames.
     """
     rt = pipe.vae.ratio[0]
     if isinstance(source, (str, Path)):
         size = size or (pipe.defaults["height"], pipe.defaults["width"])
         pipe.latent_grid(1, *size)
-        video = read(source, fps=pipe.defaults["fps"], frames=frames or pipe.defaults["frames"], size=size).video
+        most = pipe.defaults["frames"] if frames is None else frames
+        video = read(source, fps=pipe.defaults["fps"], frames=most + (frames is None), size=size).video
+        if video.shape[1] > most:
+            warnings.warn(f"{source} is longer than the {most} frames that the model makes at once: its first {most} at "
+                          f"{pipe.defaults['fps']:g} a second are taken; read another part with video.read(start=...)")
+            video = video[:, :most]
         video = video if any_length else video[:, :1 + (video.shape[1] - 1) // rt * rt]
     else:
         video = source.video if isinstance(source, Clip) else source
@@ -229,12 +237,12 @@ def extend(pipe: SoraLite, clip: Source, prompt: str | None | list[str | None], 
     """A clip with `before` new frames ahead of it and `after` behind it: `[B, 3, before + T + after, H, W]`.
 
     Both must be multiples of 4. The model sees as much of the clip as makes up the length it knows (`context`: so
-    many latent frames). The clip comes back as the autoencoder gives it; blend: frames at each join that fade.
-    Several prompts for one clip make several videos. `how`: options of `between` and `fill`.
+    many latent frames). The clip, of a file all of it, comes back as the autoencoder gives it; blend: frames at each
+    join that fade. Several prompts for one clip make several videos. `how`: options of `between` and `fill`.
     """
     if before == after == 0:
         raise ValueError("extend needs before or after: how many new frames?")
-    video, prompts = paired(take(pipe, clip), prompt)
+    video, prompts = paired(take(pipe, clip, frames=math.inf), prompt)
     out = recoded(pipe, video)
     if after:
         out = crossfade(out, between(pipe, video, None, after, prompts, margin=blend, **how), blend)
@@ -279,7 +287,7 @@ def loop(pipe: SoraLite, clip: Source, prompt: str | None | list[str | None], *,
     none. `how`: options of `between` and `fill`, in which a loop begins with no guidance, context 2 and smooth."""
     if candidates < 1:
         raise ValueError(f"a loop is chosen among at least 1 candidate, got {candidates}")
-    video, prompts = paired(take(pipe, clip), prompt)
+    video, prompts = paired(take(pipe, clip, frames=math.inf), prompt)
     how = dict(guidance_scale=1.0, context=2, smooth=True) | how
     many, said = video.repeat_interleave(candidates, 0), [text for text in prompts for _ in range(candidates)]
     back = between(pipe, many, many, frames, said, margin=blend, **how)

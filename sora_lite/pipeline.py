@@ -166,7 +166,7 @@ class SoraLite:
         try:
             notes = json.loads((folder / "pipeline.json").read_text())
             name, notes = notes.get("dit", "DiT"), dict(patch=notes["patch"], defaults=notes["defaults"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / 'pipeline.json'} cannot be read ({type(error).__name__}: {error}): it is "
                              f"truncated or not one of ours; fetch it or train it again") from error
         kinds, new = {}, [DiT]                                        # DiT and all that is made of it
@@ -190,6 +190,8 @@ class SoraLite:
                                  f"parts one by one, and put them together again with SoraLite(vae, text, dit)")
         for name, part in parts.items():
             part.save_pretrained(folder / name)
+        if not provenance:
+            (folder / "provenance.json").unlink(missing_ok=True)         # that of the weights which were there before
         notes = {"pipeline.json": dict(patch=self.patch, defaults=self.defaults, dit=type(self.model.dit).__name__)}
         for name, content in (notes | ({"provenance.json": provenance} if provenance else {})).items():
             write_atomically(folder / name, lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
@@ -206,14 +208,15 @@ class SoraLite:
 
     def latent_grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Tokens along (t, h, w) for a video's size; ValueError names the nearest size that can be made."""
-        _, *size = self.vae.latent_shape(frames, height, width)
-        if any(n % p for n, p in zip(size, self.patch)):
-            unit = [r * p for r, p in zip(self.vae.ratio, self.patch)]
-            raise ValueError(f"this model makes videos whose height and width are multiples of {unit[1]} and "
-                             f"{unit[2]}; the nearest to {height} x {width} is "
-                             f"{max(1, round(height / unit[1])) * unit[1]} x "
-                             f"{max(1, round(width / unit[2])) * unit[2]}")
-        return tuple(n // p for n, p in zip(size, self.patch))
+        unit = [r * p for r, p in zip(self.vae.ratio, self.patch)]                 # frames and pixels of a token
+        ahead = self.vae.ratio[0] - 1                                              # the first frame stands for so many more
+        grid = [max(1, round(n / u)) for n, u in zip((frames + ahead, height, width), unit)]
+        near = grid[0] * unit[0] - ahead, grid[1] * unit[1], grid[2] * unit[2]
+        if near != (frames, height, width):
+            raise ValueError(f"this model makes {unit[0] - ahead} + {unit[0]}k frames of {unit[1]}a x {unit[2]}b pixels; {frames} "
+                             f"frames of {height} x {width} do not fit. The nearest size that does: {near[0]} frames of "
+                             f"{near[1]} x {near[2]}.")
+        return tuple(grid)
 
     @torch.no_grad()
     def predictor(self, prompts: list[str | None], grid: tuple[int, int, int], *, guidance_scale: float | None = None,
@@ -282,6 +285,9 @@ class SoraLite:
         (`diffusion.guidance_at`). chunk: latent frames to decode at a time.
         """
         prompts = [prompt] if prompt is None or isinstance(prompt, str) else list(prompt)
+        if not prompts or chunk is not None and chunk < 1:
+            raise ValueError(f"there must be a prompt (None for a video without one) and a chunk of at least 1 latent frame, got "
+                             f"{len(prompts)} prompts and {chunk}")
         asked = dict(frames=frames, height=height, width=width, num_inference_steps=num_inference_steps)
         use = self.defaults | {k: v for k, v in asked.items() if v is not None}
         for text in prompts:

@@ -129,12 +129,16 @@ class LittleExpander(nn.Module, Pretrained):
     @torch.no_grad()
     def expand(self, prompts: list[str], temperature: float = 1.0,
                generator: torch.Generator | None = None) -> list[str]:
-        """Full prompts for terse ones, drawn word by word (temperature 0: always the likeliest word)."""
+        """Full prompts for terse ones, drawn word by word (temperature 0: always the likeliest word); ValueError for
+        one that leaves no room."""
         return [self._one(prompt, temperature, generator) for prompt in prompts]
 
     def _one(self, prompt: str, temperature: float, generator: torch.Generator | None) -> str:
         said = self.vocabulary.encode(prompt) + [0]
         begun = len(said)
+        if begun >= self.config["longest"]:
+            raise ValueError(f"the prompt has {begun - 1} words, this expander goes on from at most "
+                             f"{self.config['longest'] - 2}: shorten it, or build the expander with a larger `longest`")
         while len(said) < self.config["longest"]:
             scores = self(torch.tensor([said], device=self.places.device))[0, -1].float().cpu()
             said.append(int(torch.multinomial((scores / temperature).softmax(0), 1, generator=generator)
@@ -145,10 +149,13 @@ class LittleExpander(nn.Module, Pretrained):
 
 # %% ../notebooks/08_language.ipynb #9db75d60
 def expander_loss(model: LittleExpander, pairs: list[tuple[str, str]], generator: torch.Generator) -> Tensor:
-    """Cross-entropy of the full prompts, given the terse ones."""
+    """Cross-entropy of the full prompts, given the terse ones; ValueError if a pair is too long."""
     coded = [(model.vocabulary.encode(a), model.vocabulary.encode(b)) for a, b in pairs]
     rows = [a + [0] + b + [0] for a, b in coded]
     longest = max(map(len, rows))
+    if longest > model.config["longest"] + 1:                   # of a row all but its end is read
+        raise ValueError(f"a pair of prompts has {longest - 2} words, this expander reads {model.config['longest'] - 1}: "
+                         f"build it with a larger `longest`")
     numbers = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.places.device)
     goal = numbers[:, 1:].clone()
     for row, (a, b) in zip(goal, coded):

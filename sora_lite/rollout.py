@@ -23,6 +23,7 @@ from tqdm import tqdm
 from .diffusion import schedule, shift_for_tokens
 from .patches import patchify
 from .pipeline import BASE, SoraLite
+from .train import plain
 from .video import write_atomically
 
 # %% ../notebooks/11_rollout.ipynb #725822f4
@@ -98,19 +99,19 @@ class Rollout:
             raise ValueError(f"{', '.join(unknown)} is no option of the pipeline: choose of {', '.join(pipe.defaults)}")
         use = pipe.defaults | options
         self.storyboards = [checked_scenes(scenes, pipe) for scenes in storyboards]
-        seconds = {sum(seconds for _, seconds in scenes) for scenes in self.storyboards}
-        if len(seconds) != 1:
+        self.pipe, self.context, self.seed, self.fps = pipe, context, int(seed), use["fps"]
+        frames = {round(sum(seconds for _, seconds in scenes) * self.fps, 6) for scenes in self.storyboards}
+        if len(frames) != 1:
             raise ValueError("there must be a storyboard, and several must have the same seconds in all: roll out the "
                              "others by themselves")
         if pipe.patch[0] != 1:
             raise ValueError(f"a rollout needs patches of one latent frame, this model has patches of {pipe.patch}")
-        self.pipe, self.context, self.seed, self.fps = pipe, context, seed, use["fps"]
         self.grid, self.ratio = pipe.latent_grid(use["frames"], use["height"], use["width"]), pipe.vae.ratio[0]
-        self.frames = 1 + self.ratio * max(0, math.ceil((seconds.pop() * self.fps - 1) / self.ratio))
+        self.frames = 1 + self.ratio * max(0, math.ceil((frames.pop() - 1) / self.ratio))
         self.options = {k: use[k] for k in ("num_inference_steps", "guidance_scale", "early_guidance")}
         self.times, self.done = noise_table(way, self.grid[0], context, use["num_inference_steps"], level=level,
                                             shift=shift_for_tokens(math.prod(self.grid), BASE))
-        self.asked = use | dict(storyboards=self.storyboards, way=way, context=context, level=level, seed=seed)
+        self.asked = plain(use | dict(storyboards=self.storyboards, way=way, context=context, level=level, seed=seed))
         self.round, self.made, self.tail, self.progress, self.digest = 0, 0, None, None, None
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -147,7 +148,10 @@ class Rollout:
         return pictures
 
     def video(self, desc: str = "rolling") -> Tensor:
-        """All of it `[B, 3, T, H, W]`, on the CPU. For what does not fit in memory, iterate."""
+        """All of it `[B, 3, T, H, W]`, on the CPU. For what does not fit in memory, iterate. ValueError once begun."""
+        if self.made:
+            raise ValueError(f"{self.made} of {self.frames} frames are made already, and not kept: iterate over the rest, or make a "
+                             f"new Rollout for all")
         first = 1 + self.ratio * (self.context + self.done - 1)
         rounds = 1 + math.ceil(max(0, self.frames - first) / (self.done * self.ratio))
         return torch.cat([pictures.cpu() for pictures in tqdm(self, desc, rounds, mininterval=2)], 2)
@@ -226,10 +230,10 @@ def roll_to_file(pipe: SoraLite, scenes: Scenes, path: str | Path, *, save_every
     storyboard, settings or suffix that cannot be, and for the parts of another rollout; OSError for a place that
     cannot be written to.
     """
-    path = Path(path)
-    if path.suffix.lower() not in (".mp4", ".mov", ".mkv") or not save_every > 0:
-        raise ValueError(f"{path} cannot be rolled into every {save_every} s: choose .mp4, .mov or .mkv, and a time "
-                         f"above 0")
+    path = Path(path).absolute()                        # ffmpeg takes 12:30.mp4 for a protocol, and -a.mp4 for an option
+    if path.suffix.lower() not in (".mp4", ".mov", ".mkv") or not save_every > 0 or quality not in range(52):
+        raise ValueError(f"{path} cannot be rolled into every {save_every} s at quality {quality}: choose .mp4, .mov or .mkv, a "
+                         f"time above 0 and a quality from 0 (best) to 51")
     roll = Rollout(pipe, [scenes], **options)
     roll.asked |= dict(save_every=save_every, quality=quality)
     folder = path.with_name(path.name + ".parts")

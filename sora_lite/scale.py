@@ -17,12 +17,14 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from .dit import DiT
 from .lab import fingerprint
@@ -35,7 +37,7 @@ from .worlds import check_world, world_of
 
 if __name__ != "__main__":  # in the chapter these are in scope already, perhaps changed by the reader
     from sora_lite.crew import Crew, accelerator, in_shards, recomputed, whole_state
-    from sora_lite.shards import Stream, card_of, longest_caption, shards_in, vocabulary_of, write_shards
+    from sora_lite.shards import Stream, card_of, longest_caption, read_shards, shards_in, vocabulary_of, write_shards
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Settings:
     vae: str = "data/sora-lite/vae"         # folder of the autoencoder
     clips: int = 256                        # of a world or folder of videos, coded into shards of per_shard clips
     per_shard: int = 16
-    frames: int = 17                        # of a clip, and its height and width in pixels
+    frames: int = 17                        # of such a clip, and its height and width in pixels
     height: int = 64
     width: int = 64
     fps: float = 8.0                        # frames a second that a world or folder of videos is read at
@@ -102,8 +104,10 @@ class Settings:
     @classmethod
     def read(cls, path: str | Path) -> "Settings":
         """Settings from a YAML (or JSON) file."""
-        import yaml
-
+        try:
+            import yaml
+        except ImportError:
+            raise ImportError("a file of settings is read by PyYAML: pip install 'sora_lite[scale]'") from None
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no file of settings {path}")
         try:
@@ -148,7 +152,8 @@ def check(settings: Settings, processes: int = 1) -> None:
                              f"that made them, or make them again")
         with torch.device("meta"):                       # shapes without numbers: refuses sizes that cannot be
             model = build(s, [], vae.config["channels"])
-    SoraLite(vae, model.text, model.dit).latent_grid(s.frames, s.height, s.width)
+    if not ready:                                        # shards have sizes of their own
+        SoraLite(vae, model.text, model.dit).latent_grid(s.frames, s.height, s.width)
 
 
 def run(settings: Settings) -> Path:
@@ -173,6 +178,8 @@ def run(settings: Settings) -> Path:
         "model_width", "depth", "heads", "conv_depth", "conv_width", "batch_size", "workers")}
     vae = VideoVAE.from_pretrained(s.vae)
     told = vocabulary_of(data), vae.config["channels"], longest_caption(data)
+    if crew.speaks and not told[0]:
+        print(f"no clip of {s.data} has a caption: the model will know no word, and answer no prompt but None", flush=True)
     model = build(s, *told)
     blocks = [*model.dit.blocks, *model.dit.stem, *model.dit.head]
     if s.strategy == "fsdp":
@@ -191,7 +198,8 @@ def run(settings: Settings) -> Path:
     if crew.speaks:
         whole = build(s, *told)
         whole.load_state_dict(state)
-        size = dict(frames=s.frames, height=s.height, width=s.width, fps=card["options"].get("fps") or s.fps)
+        about = next(read_shards(data, shuffle=1))[2]    # a clip's own notes: the settings may not be those of the shards
+        size = dict(zip(("frames", "height", "width"), about["video"][1:]), fps=about["fps"])
         SoraLite(vae, whole.text, whole.dit, defaults=size).save_pretrained(
             out / "weights", settings=dataclasses.asdict(s), steps=history.steps)
         write_atomically(out / "history.json", lambda p: p.write_text(json.dumps(vars(history))))
@@ -207,10 +215,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = Settings.read(parser.parse_args(arguments).config)
         check(settings, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        run(settings)
     except (ValueError, FileNotFoundError) as error:
-        print(error, file=sys.stderr)
+        if Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent != Path(__file__).parent:
+            raise                                        # a library's own: no sentence of ours, perhaps a bug
+        tqdm.write(f"Error: {error}", file=sys.stderr)   # a progress bar may stand there; `what_ended` looks for "Error"
         return 2
-    run(settings)
     return 0
 
 # %% ../notebooks/16_scale.ipynb #07a889be

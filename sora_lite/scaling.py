@@ -170,9 +170,10 @@ def plan(flops: float, rate: float, laws: dict, *, batch_size: int = 8, tokens_p
 
     laws: of `fit_laws`; batch_size, tokens_per_clip: of the trainings behind them. The batch grows as C^0.3271
     (Bi 2024, DeepSeek LLM, sec. 3.1) from the geometric middle of their budgets. Returns width, depth,
-    parameters, tokens (as many as the law says, or as the size leaves of `flops`), batch_size, steps, seconds,
-    loss and `beyond`: how many times the largest budget behind the laws. ValueError for amounts that are not
-    positive or buy no step, or laws that found no best size.
+    parameters, tokens (of whole steps: at most as many as the law says, and as the size leaves of `flops`),
+    batch_size, steps, seconds (of what these spend, which may be less than `flops`), loss and `beyond`: how many
+    times the largest budget behind the laws. ValueError for amounts that are not positive, buy no step, or ask for
+    a larger model than 4096 wide and 128 deep, or for laws that found no best size.
     """
     if not (flops > 0 and rate > 0):
         raise ValueError(f"flops and rate must be positive, got {flops} and {rate}")
@@ -184,16 +185,21 @@ def plan(flops: float, rate: float, laws: dict, *, batch_size: int = 8, tokens_p
     with torch.device("meta"):
         size = cache(lambda i: sum(p.numel() for p in build(*shape(i)).dit.parameters()))
         i = bisect_left(range(2, 257), value["parameters"], key=size) + 2
-        i = min((max(i - 1, 2), min(i, 256)), key=lambda i: abs(math.log(size(i) / value["parameters"])))
+        if i > 256:
+            raise ValueError(f"{flops:.3g} FLOPs ask for {value['parameters']:.3g} weights, and the largest model planned "
+                             f"here has {size(256):.3g}: lower flops")
+        i = min((max(i - 1, 2), i), key=lambda i: abs(math.log(size(i) / value["parameters"])))
         (width, depth), parameters = shape(i), size(i)
     middle = math.exp(np.log(laws["budgets"]).mean())
     batch = max(1, round(batch_size * (flops / middle) ** 0.3271))
     # two laws, each fitted by itself, may together ask for more than there is: then the data gives way
-    tokens = min(value["tokens"], flops / (flops_each(parameters, laws["cost"]) * parameters))
+    each = flops_each(parameters, laws["cost"]) * parameters             # FLOPs of a token
+    tokens = min(value["tokens"], flops / each)
     steps = int(tokens / (batch * tokens_per_clip))
     if not steps:
         raise ValueError(f"{flops:.3g} FLOPs buy no step of {batch} clips for a model of {parameters:,} weights: "
                          f"raise flops")
-    return dict(width=width, depth=depth, parameters=parameters, tokens=steps * batch * tokens_per_clip,
-                batch_size=batch, steps=steps, seconds=flops / rate, loss=value["loss"],
+    tokens = steps * batch * tokens_per_clip
+    return dict(width=width, depth=depth, parameters=parameters, tokens=tokens,
+                batch_size=batch, steps=steps, seconds=each * tokens / rate, loss=value["loss"],
                 beyond=flops / laws["budgets"][-1])

@@ -154,6 +154,8 @@ def write_shards(folder: str | Path, source, vae: str | Path, *, clips: int | No
     if total is None or total < 1 or per_shard < 1:
         raise ValueError(f"shards need at least one clip, and one in each: got clips={total} and per_shard={per_shard}"
                          + (" (a world has no end: say how many clips)" if total is None else ""))
+    if not 0 <= share[0] < share[1]:
+        raise ValueError(f"share must be which, from 0 up, of how many machines, such as (0, 1) or (1, 2): got {share}")
     if hasattr(source, "__len__"):
         total = min(total, len(source))
     made = dict(world=repr(source), options=_options_of(source), vae=fingerprint(Path(vae)), seed=seed, per_shard=per_shard)

@@ -70,9 +70,10 @@ def show(videos, titles: list[str] | None = None, *, columns: int = 4, fps: floa
          size: int = 128, codec: str = "h264", budget: int = 150_000) -> None:
     """Show clips in a notebook, in rows of at most `columns`, each `size` pixels high.
 
-    videos: clips, or tensors `[3, T, H, W]` in [-1, 1]; a clip brings its own title and fps (a
-    tensor plays at 8). codec: "h264", or "gif" for editors that play no video. The output weighs at
-    most `budget` bytes, and says so if that cost it pixels or frames. A click stops a clip.
+    videos: clips, or tensors `[3, T, H, W]` in [-1, 1], or one of them, or a batch `[B, 3, T, H, W]`;
+    a clip brings its own title and fps (a tensor plays at 8). codec: "h264", or "gif" for editors that
+    play no video. The output weighs at most `budget` bytes, and says so if that cost it pixels or
+    frames. A click stops a clip.
     """
     from imageio_ffmpeg import get_ffmpeg_exe
     from IPython.display import HTML, display
@@ -81,7 +82,10 @@ def show(videos, titles: list[str] | None = None, *, columns: int = 4, fps: floa
     if codec not in ("h264", "gif"):
         raise ValueError(f"codec {codec!r} is unknown: choose h264 or gif")
     set_ffmpeg(get_ffmpeg_exe())
-    clips = [v if isinstance(v, Clip) else Clip(v, fps=8) for v in videos]
+    one = isinstance(videos, Clip) or isinstance(videos, Tensor) and videos.dim() == 4
+    clips = [v if isinstance(v, Clip) else Clip(v, fps=8) for v in ([videos] if one else videos)]
+    if not clips:
+        raise ValueError("there is nothing to show: the list of clips is empty")
     titles = [c.caption for c in clips] if titles is None else titles
     wide = columns * max(round(size * c.video.shape[3] / c.video.shape[2]) + 10 for c in clips)
     for diet in DIETS:
@@ -164,20 +168,26 @@ def _encode(video: Tensor, suffix: str, fps: float, quality: int) -> bytes:
     return made.getvalue()
 
 
-def write(path: str | Path, video: Tensor, fps: float = 8, *, quality: int = 18) -> Path:
-    """Write a video `[3, T, H, W]` in [-1, 1] as .mp4, .mov, .mkv (H.264), .webm (VP9) or .gif.
+def write(path: str | Path, video: Tensor | Clip, fps: float | None = None, *, quality: int = 18) -> Path:
+    """Write a video `[3, T, H, W]` in [-1, 1], or a clip, as .mp4, .mov, .mkv (H.264), .webm (VP9) or .gif.
 
-    quality: constant rate factor, 0 (best) to 51. The file appears whole or not at all. ValueError
-    for a tensor, suffix or fps that cannot be; OSError names path and remedy. Returns the path.
+    fps: 0.002 to 1000, of a .gif to 100 (None: the clip's, of a tensor 8). quality: constant rate
+    factor, a whole number from 0 (best) to 51; a .gif has none. The file appears whole or not at
+    all. ValueError for an argument that cannot be; OSError names path and remedy. Returns the path.
     """
     path = Path(path)
+    if isinstance(video, Clip):
+        video, fps = video.video, video.fps if fps is None else fps
+    fps = 8.0 if fps is None else float(fps)
     if video.dim() != 4 or video.shape[0] != 3 or 0 in video.shape:
         raise ValueError(f"write needs a video [3, T, H, W] of at least one frame and one pixel, "
                          f"got {list(video.shape)}")
-    if path.suffix.lower() not in FORMATS or not 0 < fps <= 1000:
-        raise ValueError(f"{path} at {fps} fps cannot be written: choose {', '.join(FORMATS)} and "
-                         "an fps above 0, at most 1000")
-    made = _encode(video, path.suffix.lower(), fps, quality)
+    if path.suffix.lower() not in FORMATS or not 0.002 <= fps <= (100 if path.suffix.lower() == ".gif" else 1000):
+        raise ValueError(f"{path} at {fps:g} fps cannot be written: choose {', '.join(FORMATS)} and "
+                         "an fps from 0.002 to 1000 (.gif: to 100)")
+    if quality not in range(52):
+        raise ValueError(f"{path} cannot be written at quality {quality!r}: choose a whole number from 0 (best) to 51")
+    made = _encode(video, path.suffix.lower(), fps, int(quality))
     return write_atomically(path, lambda beside: beside.write_bytes(made))
 
 # %% ../notebooks/01_worlds.ipynb #49fffd04
@@ -201,14 +211,20 @@ def _open(path: Path) -> tuple[av.container.InputContainer, av.VideoStream]:
     return container, streams[0]
 
 
+def _times(container, stream) -> list[tuple[float, float]]:
+    """Start and length (0: unknown), in seconds, of every packet, which is read but not decoded."""
+    with av.open(container.name) as again:                     # not every file lets itself be wound back
+        return [(float(p.pts * p.time_base), float((p.duration or 0) * p.time_base))
+                for p in again.demux(again.streams[stream.index]) if p.pts is not None]
+
+
 def _rate(container, stream) -> float:
     """Frames per second on average. Where the header does not know, packets are counted."""
     if stream.frames > 1 and stream.duration:
         return float(stream.frames / (stream.duration * stream.time_base))
     if stream.average_rate and stream.average_rate <= 240:
         return float(stream.average_rate)
-    times = [float(p.pts * p.time_base) for p in container.demux(stream) if p.pts is not None]
-    container.seek(0)
+    times = [at for at, _ in _times(container, stream)]
     span = max(times, default=0) - min(times, default=0)
     return (len(times) - 1) / span if span > 0 else 1.0
 
@@ -282,8 +298,8 @@ def read(path: str | Path, *, start: float = 0.0, seconds: float | None = None,
     FileNotFoundError and ValueError name file and reason; damage further on is a warning.
     """
     path = Path(path)
-    if start < 0 or any(x is not None and x <= 0 for x in (seconds, frames, fps)):
-        raise ValueError(f"reading {path}: start must be 0 or more; seconds, frames, fps above 0")
+    if start < 0 or any(x is not None and x <= 0 for x in (seconds, frames, fps, *(size or ()))):
+        raise ValueError(f"reading {path}: start must be 0 or more; seconds, frames, fps, height and width above 0")
     container, stream = _open(path)
     with container:
         own = _rate(container, stream)
@@ -306,13 +322,18 @@ def read(path: str | Path, *, start: float = 0.0, seconds: float | None = None,
 
 # %% ../notebooks/01_worlds.ipynb #046f913e
 def probe(path: str | Path) -> dict:
-    """width, height (as displayed), fps, seconds of a video file; decodes its first frame only."""
+    """width, height (as displayed), fps, seconds of a video file; decodes its first frame only.
+
+    Where the header has no duration, as in a recording that was written live, all packets are read for it.
+    """
     path = Path(path)
     container, stream = _open(path)
     with container:
         fps = _rate(container, stream)
+        seconds = float((stream.duration or 0) * stream.time_base) or (container.duration or 0) / av.time_base
+        if not seconds:
+            last, length = max(times := _times(container, stream) or [(0.0, 0.0)])
+            seconds = last + (length or 1 / fps) - min(times)[0]
         frame, _ = next(_shown(container, stream, path, 0.0, fps))
         height, width = _picture(frame, stream).shape[1:]
-        seconds = (float(stream.duration * stream.time_base) if stream.duration
-                   else container.duration / av.time_base if container.duration else 1 / fps)
     return dict(width=width, height=height, fps=fps, seconds=seconds)

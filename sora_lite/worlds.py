@@ -259,24 +259,29 @@ def _text(path: Path) -> str:
 def read_captions(folder: Path) -> dict[str, str]:
     """Captions by file name (or path within the folder), from captions.csv and captions.jsonl.
 
-    ValueError names the file, the line, and what is missing in it.
+    ValueError names the file, the line, and what is wrong in it.
     """
     found: dict[str, str] = {}
     table, lines = folder / "captions.csv", folder / "captions.jsonl"
     if table.is_file():
-        rows = csv.DictReader(io.StringIO(_text(table), newline=""))
-        if not {"file", "caption"} <= set(rows.fieldnames or []):
-            raise ValueError(f"{table} needs the columns file and caption, it has {rows.fieldnames}")
-        for row in rows:
-            if None in row:                                        # more cells than columns
-                raise ValueError(f"{table}, line {rows.line_num}: there are more commas than columns; put a caption that "
-                                 f"has commas in double quotes")
-            found[row["file"]] = row["caption"] or ""
+        rows = csv.DictReader(io.StringIO(_text(table), newline=""), strict=True)
+        try:
+            if not {"file", "caption"} <= set(rows.fieldnames or []):
+                raise ValueError(f"{table} needs the columns file and caption, it has {rows.fieldnames}")
+            for row in rows:
+                if None in row:                                    # more cells than columns
+                    raise ValueError(f"{table}, line {rows.line_num}: there are more commas than columns; put a caption that "
+                                     f"has commas in double quotes")
+                found[row["file"]] = row["caption"] or ""
+        except csv.Error as error:                                 # line_num is still that of the last good row
+            raise ValueError(f"{table}, line {rows.line_num + 1}: {error}; close every double quote, write one within quotes "
+                             f"twice, and keep a caption below {csv.field_size_limit():,} characters") from None
     if lines.is_file():
-        for number, line in enumerate(_text(lines).splitlines(), 1):
+        for number, line in enumerate(_text(lines).split("\n"), 1):    # not splitlines: a caption may hold U+2028
             try:
-                row = json.loads(line) if line.strip() else {"file": "", "caption": ""}
-                found[row["file"]] = str(row["caption"] or "")
+                if line.strip():
+                    row = json.loads(line)
+                    found[row["file"]] = str(row["caption"] or "")
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{lines}, line {number}: there must be one JSON object with file "
                                  "and caption") from None
@@ -288,8 +293,8 @@ class Folder(World):
 
     height, width, frames, fps: what clips are made into; what is left None is the file's own, and
     without `frames` a clip takes `seconds`. `files` are the good ones, `bad` maps the others to the
-    reason, which is printed. FileNotFoundError if there is no folder, ValueError if no file in it
-    can be read.
+    reason, which is printed, as is how many have no caption. FileNotFoundError if there is no folder,
+    ValueError if no file in it can be read.
     """
 
     def __init__(self, folder: str | Path, *, height: int | None = None, width: int | None = None,
@@ -304,15 +309,20 @@ class Folder(World):
         self.captions = read_captions(self.folder)
         self.files: dict[Path, dict] = {}
         self.bad: dict[Path, str] = {}
+        bare: list[str] = []
         found = sorted(p for p in self.folder.rglob("*")
                        if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
         for path in tqdm(found, desc=f"looking at {self.folder.name}", disable=len(found) < 50):
             try:
                 self.files[path] = probe(path)
-                self.caption(path)                             # one that cannot be read is named now, not in mid-training
+                if not self.caption(path):                     # one that cannot be read is named now, not in mid-training
+                    bare.append(path.relative_to(self.folder).as_posix())
             except (ValueError, OSError) as error:
                 self._leave_out(path, error)
         self._insist()
+        if bare:
+            print(f"{len(bare)} of {len(self.files)} videos have no caption ({bare[0]!r}, for one): put it into a .txt beside "
+                  f"the video or a row of captions.csv")
         names = {name for path in found for name in (path.name, path.relative_to(self.folder).as_posix())}
         if lost := [name for name in self.captions if name and name not in names]:
             print(f"{len(lost)} of {len(self.captions)} captions in captions.csv or .jsonl are of no video here ({lost[0]!r}, for "

@@ -168,6 +168,8 @@ def test_the_share_rises_from_one_prompt_to_the_other(monkeypatch):
 def test_clips_that_cannot_be_connected_are_refused():
     with pytest.raises(ValueError, match="one size"):
         connect(PIPE, clip(5), clip(5, 32, 48), (PROMPT, OTHER))
+    with pytest.raises(ValueError, match="two prompts.*got 'a"):
+        connect(PIPE, clip(5), clip(5), PROMPT)
     with pytest.raises(ValueError, match="nearest is 11"):
         connect(PIPE, clip(5), clip(5), (PROMPT, OTHER), frames=12)
     with pytest.raises(ValueError, match="0 new frames"):

@@ -1,4 +1,5 @@
 """Text, transformer, masks and pipeline."""
+import re
 import types
 
 import pytest
@@ -278,8 +279,17 @@ def test_given_tokens_are_kept_to_the_bit(pipe, generator):
 def test_bad_sizes_and_prompts_fail_before_any_work(pipe):
     with pytest.raises(ValueError, match="nearest"):
         pipe("a red circle", height=60)
-    with pytest.raises(ValueError, match="multiples of 16"):
-        pipe("a red circle", height=72)
+    for asked, near in (dict(height=72), "17 frames of 64 x 64"), (dict(height=0), "of 16 x 64"), (dict(frames=3), "5 frames"):
+        with pytest.raises(ValueError, match=f"do not fit. The nearest size that does: .*{near}") as said:
+            pipe("a red circle", **dict(frames=17, height=64, width=64) | asked)
+        frames, height, width = map(int, re.search(r"does: (\d+) frames of (\d+) x (\d+)", str(said.value)).groups())
+        assert pipe.latent_grid(frames, height, width)
+    with pytest.raises(ValueError, match="a whole number of them"):
+        pipe("a red circle", num_inference_steps=2.5)
+    with pytest.raises(ValueError, match="must be a prompt"):
+        pipe([])
+    with pytest.raises(ValueError, match="chunk of at least 1"):
+        pipe("a red circle", chunk=0)
     with pytest.raises(ValueError, match="empty"):
         pipe("")
 

@@ -1,4 +1,6 @@
 """Verbs upon a mask: what is given stays to the bit, shapes are right, frames stand where they should, errors are sentences."""
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -158,7 +160,7 @@ def test_anything_that_fits_is_taken_as_it_is():
 
 @pytest.mark.parametrize("source,said", [
     (torch.zeros(3, 16, 32, 32), "17 frames of 32 x 32"), (torch.zeros(3, 17, 30, 32), "17 frames of 32 x 32"),
-    (torch.zeros(3, 17, 24, 32), "multiples of 16"), (torch.zeros(4, 17, 32, 32), r"got \[4, 17, 32, 32\]"),
+    (torch.zeros(3, 17, 24, 32), "16a x 16b .* 17 frames of 32 x 32"), (torch.zeros(4, 17, 32, 32), r"got \[4, 17, 32, 32\]"),
     (torch.zeros(32, 32), r"\[3, H, W\]"), (torch.zeros(3, 0, 32, 32), "got"), ([1, 2], "not a list"),
     (torch.full((3, 32, 32), 255.0), "divide bytes by 127.5"), (torch.full((3, 32, 32), torch.nan), r"\[-1, 1\]")])
 def test_what_does_not_fit_is_refused_with_a_sentence(source, said):
@@ -168,13 +170,14 @@ def test_what_does_not_fit_is_refused_with_a_sentence(source, said):
 
 def test_files_are_made_to_fit(tmp_path):
     path = write(tmp_path / "mine.mp4", clip(40, 50, 90)[0], fps=16)
-    assert take(PIPE, path).shape == (1, 3, 17, 32, 32)                  # 40 frames at 16 are 20 at 8, of which 17
+    with pytest.warns(UserWarning, match="mine.mp4 is longer than the 17 frames"):
+        assert take(PIPE, path).shape == (1, 3, 17, 32, 32)              # 40 frames at 16 are 20 at 8, of which 17
     assert take(PIPE, str(path), frames=7).shape[2] == 5
     assert take(PIPE, path, frames=7, any_length=True).shape[2] == 7
-    assert take(PIPE, path, size=(16, 48)).shape[3:] == (16, 48)
+    assert take(PIPE, path, size=(16, 48), frames=17).shape[3:] == (16, 48)
     short = write(tmp_path / "one.mp4", clip(1, 50, 90)[0], fps=8)
     assert take(PIPE, short).shape[2] == 1
-    with pytest.raises(ValueError, match="nearest to 40 x 40"):
+    with pytest.raises(ValueError, match="1 frames of 40 x 40 do not fit. The nearest size that does: 1 frames of 32 x 32"):
         take(PIPE, path, size=(40, 40))
     with pytest.raises(FileNotFoundError, match="no video file"):
         take(PIPE, tmp_path / "nowhere.mp4")
@@ -416,6 +419,17 @@ def test_frames_between_frames(frames, factor):
     assert torch.allclose(draft[:, :, ::factor], video, atol=1e-5)
     assert torch.equal(out[:, :, ::factor], recoded(PIPE, draft)[:, :, ::factor])
     assert (out - recoded(PIPE, draft)).abs().max() > 1e-2
+
+
+def test_a_file_is_extended_at_its_end_and_looped_as_a_whole(tmp_path):
+    path = write(tmp_path / "long.mp4", clip(33, 32, 32)[0], fps=8)
+    whole = take(PIPE, path, frames=math.inf)
+    assert whole.shape[2] == 33
+    options = dict(num_inference_steps=1, generator=torch.Generator().manual_seed(0))
+    out = extend(PIPE, path, PROMPT, after=4, **options)
+    options["generator"].manual_seed(0)
+    assert torch.equal(out, extend(PIPE, whole, PROMPT, after=4, **options)) and out.shape[2] == 37
+    assert loop(PIPE, path, PROMPT, frames=7, candidates=1, num_inference_steps=1).shape[2] == 40
 
 
 def test_frames_that_cannot_be_put_between_are_refused():

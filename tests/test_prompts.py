@@ -54,6 +54,17 @@ def test_expansions_end_and_a_seed_is_a_seed():
         model.expand([" "])
 
 
+def test_a_prompt_or_pair_that_is_too_long_is_a_sentence():
+    model, words = little(longest=16), lambda n: " ".join(["red"] * n)
+    assert len(model.expand([words(14)])) == 1
+    for n in (15, 30):
+        with pytest.raises(ValueError, match=f"the prompt has {n} words, this expander goes on from at most 14"):
+            model.expand([words(n)])
+    assert expander_loss(model, [(words(5), words(10))], None).isfinite()
+    with pytest.raises(ValueError, match="a pair of prompts has 16 words, this expander reads 15"):
+        expander_loss(model, [("red", "blue"), (words(5), words(11))], None)
+
+
 def test_the_little_expander_travels(tmp_path):
     model = little()
     with torch.no_grad():                              # as saved: in half precision

@@ -147,6 +147,7 @@ def test_other_bad_settings_are_refused(pipe):
         Rollout(pipe, [[(RED, 3)], [(RED, 4)]])
     with pytest.raises(ValueError, match="must be a storyboard"):
         Rollout(pipe, [])
+    assert Rollout(pipe, [[(RED, 1.1), (RED, 2.2)], [(RED, 3.3)]]).frames == Rollout(pipe, [[(RED, 3.3)]]).frames
     with pytest.raises(ValueError, match="stepps is no option of the pipeline.*num_inference_steps"):
         Rollout(pipe, [[(RED, 3)]], stepps=4)
     with pytest.raises(ValueError, match="nearest"):
@@ -270,6 +271,24 @@ def test_places_that_cannot_be_written_and_suffixes_that_cannot_be(pipe, tmp_pat
         roll_to_file(pipe, [(RED, 3)], tmp_path / "out.webm")
     with pytest.raises(ValueError, match="a time above 0"):
         roll_to_file(pipe, [(RED, 3)], tmp_path / "out.mp4", save_every=0)
+    for quality in "good", -1, 52:
+        with pytest.raises(ValueError, match=f"at quality {quality}: .* from 0 .best. to 51"):
+            roll_to_file(pipe, [(RED, 3)], tmp_path / "out.mp4", quality=quality)
+    assert not list(tmp_path.glob("*.parts"))
+
+
+@pytest.mark.parametrize("name", ["12:30.mp4", "-out.mp4"])
+def test_names_that_ffmpeg_would_misread(pipe, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    roll_to_file(pipe, [(RED, 1)], name, seed=torch.tensor(3).numpy())           # NumPy's numbers are numbers
+    assert [p.name for p in tmp_path.iterdir()] == [name] and video.read(tmp_path / name).video.shape[1] == 9
+
+
+def test_all_of_a_video_that_has_begun_is_refused(pipe):
+    roll = Rollout(pipe, [[(RED, 4)]])
+    roll.step()
+    with pytest.raises(ValueError, match="17 of 33 frames are made already, and not kept"):
+        roll.video()
 
 
 def test_a_state_holds_no_path_and_its_plan_is_whole(pipe, tmp_path):

@@ -22,7 +22,7 @@ from conftest import ROOT
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sora_lite import scaling
+from sora_lite import scale, scaling
 from sora_lite.budget import (Batch, Machine, activation_bytes, bill, flops_of_step, how_to_shard, muon_cost, peak_bytes,
                               peak_of_training, peak_rate, shape_of, state_bytes, training_flops, video_tokens)
 from sora_lite.crew import Crew, accelerator, recomputed
@@ -35,7 +35,7 @@ from sora_lite.text import words_of
 from sora_lite.train import fit, optimizers, orthogonalize
 from sora_lite.vae import VideoVAE
 from sora_lite.video import Clip, write
-from sora_lite.worlds import Folder
+from sora_lite.worlds import Folder, Mixture
 
 SCRIPT = Path(__file__).with_name("crew_script.py")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -87,9 +87,31 @@ def test_two_processes_make_what_one_makes(tmp_path, alone, strategy):
 @pytest.mark.parametrize("first, then", [(("ddp", 1), ("fsdp", 2)), (("fsdp", 2), ("ddp", 1))])
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path, alone, first, then):
     train(tmp_path, *first, stop=6)
-    assert [p.name for p in tmp_path.glob("step-*")] == ["step-00000004"] and not (tmp_path / "final.pt").exists()
+    kept = 4 if first[1] > 1 else 6                                      # one process saves when it is interrupted
+    assert [p.name for p in tmp_path.glob("step-*")] == [f"step-{kept:08d}"] and not (tmp_path / "final.pt").exists()
     same(train(tmp_path, *then), alone)
     assert [p.name for p in tmp_path.glob("step-*")] == ["step-00000010"]
+
+
+@pytest.mark.parametrize("where, at, kept", [("loss", 0, 0), ("loss", 7, 7), ("watch", 8, 5)])
+def test_a_crew_of_one_saves_when_it_is_interrupted(tmp_path, where, at, kept):
+    def train(folder, **options):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 4)
+        loss = options.pop("loss", lambda m, x, g: m(x[1]).square().mean())
+        fit(model, lambda k, g: (k, torch.randn(8, 4, generator=g)), loss, steps=12, bf16=False, folder=tmp_path / folder,
+            save_every=5, engine=Crew(accelerator("cpu")), **options)
+        return model.weight
+
+    def interrupt(m=None, x=(at, None), g=None):
+        if x[0] == at:
+            raise KeyboardInterrupt
+        return m(x[1]).square().mean()
+
+    with pytest.raises(KeyboardInterrupt):
+        train("cut", **({"loss": interrupt} if where == "loss" else {"watch": interrupt, "watch_at": [at]}))
+    assert [p.name for p in (tmp_path / "cut").iterdir()] == [f"step-{kept:08d}"]
+    assert torch.equal(train("cut"), train("whole"))
 
 
 # shards
@@ -222,6 +244,9 @@ def test_machines_share_the_work_in_parallel(tmp_path, vae):
     assert sorted(indices(read_shards(tmp_path))) == list(range(8))
     captions = {text for _, text, _ in read_shards(tmp_path)}
     assert len(captions) > 4                                           # each shard draws numbers of its own
+    for share in ((2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match="share must be which, from 0 up, of how many"):
+            write_shards(tmp_path / "none", shapes, vae, clips=8, share=share)
 
 
 def test_damage_is_named_and_skipped(folder, vae):
@@ -330,7 +355,7 @@ def test_a_failed_launch_is_a_sentence_and_parts_must_be_dealt_out_evenly(tmp_pa
         crew.mine(3)
 
 
-def test_settings_are_checked(tmp_path, capsys):
+def test_settings_are_checked(tmp_path, capsys, monkeypatch):
     file = tmp_path / "settings.yaml"
     file.write_text("stepz: 3\n")
     assert main(["--config", str(file)]) == 2
@@ -354,6 +379,9 @@ def test_settings_are_checked(tmp_path, capsys):
         Settings.read(file)
     with pytest.raises(FileNotFoundError, match="no file of settings"):
         Settings.read(tmp_path / "other.yaml")
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(ImportError, match="PyYAML: pip install 'sora_lite.scale.'"):
+        Settings.read(file)
 
 
 def test_what_a_machine_cannot_train_is_a_sentence_before_anything_runs(tmp_path, vae, folder, monkeypatch, capsys):
@@ -376,6 +404,43 @@ def test_what_a_machine_cannot_train_is_a_sentence_before_anything_runs(tmp_path
     file = tmp_path / "settings.yaml"
     file.write_text("device: cuda\n")
     assert main(["--config", str(file)]) == 2 and "sees 0 GPU" in capsys.readouterr().err
+
+
+def test_the_command_says_what_is_wrong_in_a_sentence_and_shows_where_a_bug_is(tmp_path, vae, capfd, monkeypatch):
+    file = tmp_path / "settings.yaml"
+    settings = lambda **options: file.write_text(json.dumps(dataclasses.asdict(settings_of(tmp_path, vae, **options))))
+    (tmp_path / "films").mkdir()
+    settings(data=str(tmp_path / "films"))                               # found out by `run`, not by `check`
+    assert main(["--config", str(file)]) == 2
+    said = capfd.readouterr().err
+    assert "Error: " in said and "films holds no video" in said and "Traceback" not in said
+    assert what_ended(said).startswith("the training ended: Error: ")
+    settings()
+    for bug in (ValueError("not enough values to unpack"), TypeError("no")):
+        monkeypatch.setattr(scale, "card_of", lambda data: raised(bug))
+        with pytest.raises(type(bug), match=str(bug)):
+            main(["--config", str(file)])
+
+
+def raised(error):
+    raise error
+
+
+def test_a_run_on_shards_saves_their_size_whatever_the_settings_say(tmp_path, vae):
+    world = Mixture(Shapes(16, 32, 5, fps=4) for _ in range(2))
+    write_shards(tmp_path / "shards", world, vae, clips=2, per_shard=2, jobs=1)
+    settings = settings_of(tmp_path, vae, data=str(tmp_path / "shards"), height=40, steps=1, parts=1)
+    scale.check(settings)                                                # the height of what need not be made
+    defaults = SoraLite.from_pretrained(run(settings)).defaults
+    assert {name: defaults[name] for name in ("frames", "height", "width", "fps")} == dict(frames=5, height=16, width=32, fps=4)
+
+
+def test_data_without_a_single_caption_is_named_and_trains_the_empty_prompt(tmp_path, vae, capfd):
+    film(tmp_path / "films" / "0.mp4")
+    weights = run(settings_of(tmp_path, vae, data=str(tmp_path / "films"), steps=1))
+    said = capfd.readouterr().out
+    assert "1 of 1 videos have no caption" in said and "films has a caption: the model will know no word" in said
+    assert SoraLite.from_pretrained(weights)(None, num_inference_steps=1).isfinite().all()
 
 
 def test_a_run_refuses_a_checkpoint_of_other_settings(tmp_path, vae, capfd):
@@ -531,6 +596,7 @@ def test_the_planner_counts_tokens_bills_and_shards():
     assert small["strategy"] == "one GPU" and "FSDP" in large["strategy"] and "recomputed" in large["strategy"]
     assert large["state"] + large["activations"] + large["gathered"] <= 80e9
     assert "split" in how_to_shard(11e9, 3_000_000, Machine())["strategy"]
+    assert how_to_shard(5e12, 10_000, Machine(memory=200e9), most=4096)["gpus"] == 4096
     for call, word in ((lambda: bill(1e9, 10, 1, utilisation=1.2), "utilisation"), (lambda: video_tokens(0, 1, 1, 1), "positive"),
                        (lambda: how_to_shard(1e12, 10 ** 8, Machine(), most=8), "8 H100s do not hold"),
                        (lambda: activation_bytes(toy(96, 1, 1, (1, 2, 2), conv_depth=1)[0], Batch([1], [16])), "conv_depth=0")):

@@ -1,4 +1,5 @@
 """The loop: resumes to the bit after a kill, stops at NaN with the last checkpoint whole, writes atomically."""
+import json
 import os
 import resource
 import signal
@@ -294,6 +295,9 @@ class Kept(nn.Linear, Pretrained):
 def test_weights_travel_and_broken_ones_are_named(tmp_path):
     model = Kept(5)
     model.save_pretrained(tmp_path / "m", note="x")
+    assert json.loads((tmp_path / "m" / "provenance.json").read_text()) == {"note": "x"}
+    model.save_pretrained(tmp_path / "m")                                # of these nobody knows where they are from
+    assert not (tmp_path / "m" / "provenance.json").exists()
     back = Kept.from_pretrained(tmp_path / "m")
     assert torch.equal(back.weight, model.weight.bfloat16().float())
     file = tmp_path / "m" / "model.safetensors"
@@ -317,7 +321,7 @@ def train_a_line(steps, **options):
 
 def test_watching_shows_what_a_shorter_training_makes_and_changes_nothing():
     short, long = train_a_line(5)[0], train_a_line(30)[0]
-    watched, seen = train_a_line(30, watch_at=(5, 30))
+    watched, seen = train_a_line(30, watch_at=iter((5, 30)))             # looked into more than once
     assert sorted(seen) == [5, 30] and not any(training for _, training in seen.values())
     assert torch.equal(seen[5][0], short) and torch.equal(seen[30][0], long) and torch.equal(watched, long)
 

@@ -7,13 +7,16 @@ import struct
 import warnings
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sora_lite import video as video_module
 from sora_lite.video import Clip, cover, probe, read, show, write, write_atomically
 
 SLOW = settings(max_examples=25, deadline=None, derandomize=True,
@@ -110,6 +113,23 @@ def test_video_read_is_in_range_and_knows_its_source(tmp_path):
     assert clip.source == str(path)
 
 
+def test_a_clip_is_written_as_it_was_read(tmp_path):
+    """At its own rate, unless another is asked for; a tensor has none and plays at 8."""
+    clip = read(write(tmp_path / "clip.mp4", ramp(5), fps=np.float32(12.5)))
+    assert clip.fps == 12.5
+    again = read(write(tmp_path / "again.mp4", clip))
+    assert again.fps == 12.5 and greys(again.video) == pytest.approx(greys(clip.video), abs=0.03)
+    assert read(write(tmp_path / "slow.mp4", clip, 5)).fps == 5
+    assert read(write(tmp_path / "tensor.mp4", clip.video)).fps == 8
+
+
+@pytest.mark.parametrize("suffix, fps", [(".mp4", 0.002), (".mp4", 1000), (".webm", 0.002), (".webm", 1000), (".mkv", 0.002),
+                                         (".mkv", 1000), (".mov", 0.002), (".mov", 1000), (".gif", 0.002), (".gif", 100)])
+def test_the_slowest_and_the_fastest_rate_come_back(tmp_path, suffix, fps):
+    clip = read(write(tmp_path / f"clip{suffix}", ramp(5), fps))
+    assert clip.video.shape[1] == 5 and clip.fps == pytest.approx(fps, rel=0.02)
+
+
 # ---- difficult files, read right
 
 def rotate(path: Path, turns: int) -> Path:
@@ -164,6 +184,31 @@ def test_one_frame_is_a_picture(tmp_path):
     path = write(tmp_path / "still.mp4", ramp(1, 33, 47))
     assert read(path).video.shape == (3, 1, 33, 47)
     assert read(path, fps=8, frames=17).video.shape[1] == 1
+
+
+@pytest.mark.parametrize("source, container, first", [("whole.webm", "webm", 0), ("whole.webm", "webm", 500),
+                                                      ("whole.mp4", "matroska", 0), ("whole.mp4", "matroska", 500)])
+def test_a_recording_whose_header_has_no_duration_is_as_long_as_its_packets(tmp_path, source, container, first):
+    """As a browser or a camera writes it, to a pipe, which does not go back to fill in the header."""
+    whole, live = write(tmp_path / source, ramp(80), fps=8), tmp_path / "live.webm"
+    with av.open(str(whole)) as made, live.open("wb") as file, \
+            av.open(SimpleNamespace(write=file.write), "w", format=container) as out:
+        stream = out.add_stream_from_template(made.streams.video[0])
+        for packet in made.demux():
+            if packet.dts is not None:
+                packet.pts, packet.dts = (t + round(first / packet.time_base) for t in (packet.pts, packet.dts))
+                packet.stream = stream
+                out.mux(packet)
+    with av.open(str(live)) as made:
+        assert not made.duration and not made.streams.video[0].duration
+    assert probe(live) == probe(whole) == dict(width=16, height=16, fps=8, seconds=10)
+    assert torch.equal(read(live, start=5, frames=9).video, read(whole, start=5, frames=9).video)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".webm", ".gif"])
+def test_probing_an_ordinary_file_reads_no_further_than_its_first_frame(tmp_path, suffix, monkeypatch):
+    monkeypatch.setattr(video_module, "_times", None)
+    assert probe(write(tmp_path / f"clip{suffix}", ramp(16), fps=8))["seconds"] == pytest.approx(2, abs=0.05)
 
 
 def test_truncated_file_is_read_as_far_as_it_goes_with_a_warning(tmp_path):
@@ -232,7 +277,8 @@ def test_reading_past_the_end_is_said(tmp_path):
         read(path, start=5)
 
 
-@pytest.mark.parametrize("options", [dict(start=-1), dict(seconds=0), dict(fps=0), dict(frames=0)])
+@pytest.mark.parametrize("options", [dict(start=-1), dict(seconds=0), dict(fps=0), dict(frames=0),
+                                     dict(size=(0, 10)), dict(size=(10, -5))])
 def test_impossible_requests(tmp_path, options):
     with pytest.raises(ValueError, match="above 0"):
         read(tmp_path / "any.mp4", **options)
@@ -240,10 +286,20 @@ def test_impossible_requests(tmp_path, options):
 
 @pytest.mark.parametrize("name, shape, fps", [("a.mp4", (3, 0, 8, 8), 8), ("a.mp4", (1, 2, 8, 8), 8),
                                               ("a.mp4", (2, 3, 4, 8, 8), 8), ("a.mp4", (3, 2, 8, 8), 0),
-                                              ("a.xyz", (3, 2, 8, 8), 8)])
+                                              ("a.xyz", (3, 2, 8, 8), 8), ("a.mp4", (3, 2, 8, 8), 1001),
+                                              ("a.mp4", (3, 2, 8, 8), 0.0003), ("a.gif", (3, 2, 8, 8), 101)])
 def test_what_cannot_be_written(tmp_path, name, shape, fps):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="write needs a video|choose .mp4, .*an fps from 0.002 to 1000"):
         write(tmp_path / name, torch.zeros(shape), fps)
+    with pytest.raises(ValueError, match="write needs a video|choose .mp4, .*an fps from 0.002 to 1000"):
+        write(tmp_path / name, Clip(torch.zeros(shape), 8), fps)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("quality", [-1, 52, 18.5, "good", None])
+def test_a_quality_that_is_none_is_refused(tmp_path, quality):
+    with pytest.raises(ValueError, match=r"a.mp4 .*a whole number from 0 \(best\) to 51"):
+        write(tmp_path / "a.mp4", ramp(2), quality=quality)
     assert not list(tmp_path.iterdir())
 
 
@@ -299,6 +355,14 @@ def test_show_keeps_each_clip_and_its_title(pages, codec, tag):
     assert pages[0].count(tag) == 4 and pages[0].count("same &lt;title&gt;") == 3
 
 
+def test_show_takes_one_clip_one_tensor_or_a_batch(pages):
+    batch = torch.stack([ramp(2)] * 3)
+    for videos, many in ((Clip(ramp(2), 8, "alone"), 1), (ramp(2), 1), (batch, 3), (iter([ramp(2)] * 2), 2)):
+        show(videos)
+        assert pages[-1].count("<video") == many
+    assert "alone" in pages[0]
+
+
 def test_show_stays_on_its_diet_and_says_so(pages):
     noise = [torch.rand(3, 24, 96, 96) * 2 - 1 for _ in range(6)]
     show(noise)
@@ -310,6 +374,9 @@ def test_show_stays_on_its_diet_and_says_so(pages):
 def test_show_refuses(pages):
     with pytest.raises(ValueError, match="h264 or gif"):
         show([ramp(2)], codec="mpeg2")
+    for nothing in ([], torch.zeros(0, 3, 2, 8, 8)):
+        with pytest.raises(ValueError, match="nothing to show"):
+            show(nothing)
     with pytest.raises(ValueError, match="show fewer"):
         show([torch.rand(3, 4, 16, 16)], budget=300)
 

@@ -207,6 +207,25 @@ def test_any_caption_comes_back(tmp_path, captions):
     assert read_captions(tmp_path) == captions
 
 
+@pytest.mark.parametrize("caption", ["one\u2028two", "one\u0085two", "one\u2029"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n", ""])
+def test_a_caption_in_lines_may_hold_what_unicode_calls_a_line_end(tmp_path, caption, end):
+    line = json.dumps({"file": "a.mp4", "caption": caption}, ensure_ascii=False)
+    (tmp_path / "captions.jsonl").write_bytes((line + end).encode())
+    assert read_captions(tmp_path) == {"a.mp4": caption}
+
+
+@pytest.mark.parametrize("text, line", [
+    ('file,caption\na.mp4,"a red circle\nb.mp4,two\nc.mp4,three\n', 2),               # would take b and c into a's caption
+    ('file,caption\na.mp4,one\nb.mp4,"a red circle\nc.mp4,"three, four"\n', 3),
+    ('file,caption\na.mp4,"say "hi" to"\n', 2), ('"file,caption\na.mp4,one\n', 1),
+    ('file,caption\na.mp4,"one\ntwo"\nb.mp4,' + "x" * 140_000, 4)])
+def test_a_quote_that_is_not_closed_is_named_and_swallows_no_caption(tmp_path, text, line):
+    (tmp_path / "captions.csv").write_text(text)
+    with pytest.raises(ValueError, match=f"captions.csv, line {line}: .*close every double quote"):
+        read_captions(tmp_path)
+
+
 def test_wrong_caption_files_are_named(clips):
     (clips / "captions.csv").write_text("name,text\na.mp4,x\n")
     with pytest.raises(ValueError, match="captions.csv needs the columns file and caption"):
@@ -228,6 +247,15 @@ def test_captions_of_no_video_are_told(clips, capsys):
     (clips / "captions.csv").write_text("file,caption\na.mp4,a grey wall\ndeep/b.webm,white\n")
     Folder(clips)
     assert "captions" not in capsys.readouterr().out
+
+
+def test_videos_without_a_caption_are_told(clips, capsys):
+    Folder(clips)
+    said = capsys.readouterr().out
+    assert "1 of 2 videos have no caption ('deep/b.webm', for one): put it into a .txt beside" in said
+    (clips / "deep" / "b.txt").write_text("white")
+    Folder(clips)
+    assert "caption" not in capsys.readouterr().out
 
 
 def test_a_folder_without_one_good_video(tmp_path):
