@@ -64,7 +64,7 @@ def look_up(which: Tensor, rows: Tensor, lengths: list[int]) -> Tensor:
         token, clip = token + b * n, clip + b
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-
+# %% ../notebooks/05_dit.ipynb #6d49db7b
 class SelfAttention(nn.Module):
     """Attention of each clip's tokens to each other, with QK-norm and rotary positions; with words_width, the words
     of the clip's caption stand among the keys.
@@ -149,7 +149,7 @@ class DiTBlock(nn.Module):
         """Self-attention; a variant lets the noise level into it."""
         return self.attention(x, lengths, turn, words)
 
-
+# %% ../notebooks/05_dit.ipynb #7d20f7e8
 class ConvBlock(nn.Module):
     """adaLN-Zero's residual block with convolutions: x + gate time(silu(space(modulate(x)))).
 
@@ -181,7 +181,7 @@ class ConvBlock(nn.Module):
         y = y.permute(0, 2, 3, 4, 1)
         return torch.addcmul(cut(x), gate, cut(y)).view(x.shape)
 
-
+# %% ../notebooks/05_dit.ipynb #2c4f9dd0
 class DiT(nn.Module, Pretrained):
     """Diffusion transformer on packed tokens, with convolutions round it.
 
