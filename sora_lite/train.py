@@ -197,7 +197,7 @@ def keep_memory() -> None:
             libc.mallopt(-3, 1 << 30)            # M_MMAP_THRESHOLD
             libc.mallopt(-1, (1 << 31) - 1)      # M_TRIM_THRESHOLD
 
-
+# %% ../notebooks/02_compression.ipynb #94605811
 class Engine:
     """Where a training runs: here, one process on one device. Chapter 16's `Crew` does these few things together with
     other processes, and the loop below then runs on all of them."""
@@ -262,7 +262,7 @@ class Engine:
                 group.update(settings)
         return state["history"]
 
-
+# %% ../notebooks/02_compression.ipynb #784f4f88
 def plain(plan: dict) -> dict:
     """A plan as JSON gives it back, which any checkpoint can hold: NumPy's numbers are numbers, paths are strings."""
     return json.loads(json.dumps(plan, default=lambda x: x.item() if hasattr(x, "item") else str(x)))
@@ -279,7 +279,7 @@ def generator_of(seed: int, step: int, part: int = 0) -> torch.Generator:
     scatters parts over all of them (Knuth's multiplicative hash)."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step + part * 2_654_435_761)
 
-
+# %% ../notebooks/02_compression.ipynb #69a4b031
 def fit(model: nn.Module, batch: Callable | Sequence[Callable], loss: Callable, *, steps: int, lr: float = 2e-3,
         matrix_lr: float = 0.02, warmup: int = 50, schedule: str = "wsd", decay: float = 0.4,
         ema: float = 0.99, clip: float = 1.0, seed: int = 0, bf16: bool = True, device="cpu",
