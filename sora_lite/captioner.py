@@ -166,7 +166,7 @@ class Captioner(nn.Module, Pretrained):
     def caption(self, video: Tensor, batch: int = 64) -> list[str]:
         """The likeliest word after the likeliest word, for videos `[B, 3, T, H, W]` of one size."""
         out = []
-        for part in video.split(batch):
+        for part in video.split(batch) if len(video) else ():
             pooled, _ = self.see(part.to(self.sharpness.device))
             said = torch.zeros(len(part), 1, dtype=torch.long, device=pooled.device)   # 0 begins, 0 ends
             for _ in range(self.config["longest"] - 1):

@@ -281,6 +281,9 @@ class VideoVAE(nn.Module, Pretrained):
     def encode(self, video: Tensor, chunk: int | None = None) -> Tensor:
         """Normalised latents `[B, Z, t, h, w]`. chunk: latent frames at a time, for long videos (the same
         result with memory that does not grow); None codes the whole video at once."""
+        if video.dim() != 5 or video.shape[1] != 3 or not video.is_floating_point():
+            raise ValueError(f"encode takes videos [B, 3, T, H, W] of floats in [-1, 1], got {list(video.shape)} of {video.dtype} "
+                             "(one clip is video[None], bytes are video / 127.5 - 1)")
         self.latent_shape(*video.shape[2:])
         pieces, cache = _pieces(video, chunk, self.ratio[0])
         z = torch.cat([self.bottleneck(self._encode(piece, cache))[0] for piece in pieces], 2)
@@ -294,6 +297,8 @@ class VideoVAE(nn.Module, Pretrained):
     @torch.no_grad()
     def stream(self, latents: Tensor, chunk: int | None = None):
         """Yield the video of `decode` piece by piece, as it is made."""
+        if latents.dim() != 5:
+            raise ValueError(f"decode takes latents [B, Z, t, h, w], got {list(latents.shape)} (of one clip: latents[None])")
         if latents.shape[1] != self.config["channels"]:
             raise ValueError(f"latents have {latents.shape[1]} channels, this autoencoder "
                              f"makes {self.config['channels']}: they come from another one")

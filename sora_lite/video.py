@@ -86,11 +86,16 @@ def show(videos, titles: list[str] | None = None, *, columns: int = 4, fps: floa
     clips = [v if isinstance(v, Clip) else Clip(v, fps=8) for v in ([videos] if one else videos)]
     if not clips:
         raise ValueError("there is nothing to show: the list of clips is empty")
+    if odd := [c.video.shape for c in clips if c.video.dim() != 4 or c.video.shape[0] != 3 or not c.video.numel()]:
+        raise ValueError(f"a clip to show is [3, T, H, W], and one of these is {list(odd[0])} (a picture is picture[:, None], "
+                         "several batches are torch.cat(batches))")
     titles = [c.caption for c in clips] if titles is None else titles
+    if len(titles) != len(clips):
+        raise ValueError(f"{len(titles)} titles for {len(clips)} clips: give one for each")
     wide = columns * max(round(size * c.video.shape[3] / c.video.shape[2]) + 10 for c in clips)
     for diet in DIETS:
         figures = [_figure(c.video, title, fps or c.fps, size, codec, diet)
-                   for c, title in zip(clips, titles, strict=True)]
+                   for c, title in zip(clips, titles)]
         page = (f'<div style="display:flex;flex-wrap:wrap;gap:10px;max-width:{wide}px">'
                 f'{"".join(figures)}</div>')
         if len(page) <= budget - 200:
@@ -298,6 +303,8 @@ def read(path: str | Path, *, start: float = 0.0, seconds: float | None = None,
     FileNotFoundError and ValueError name file and reason; damage further on is a warning.
     """
     path = Path(path)
+    if size is not None and not (isinstance(size, tuple | list) and len(size) == 2):
+        raise ValueError(f"reading {path}: size is (height, width), got {size!r}")
     if start < 0 or any(x is not None and x <= 0 for x in (seconds, frames, fps, *(size or ()))):
         raise ValueError(f"reading {path}: start must be 0 or more; seconds, frames, fps, height and width above 0")
     container, stream = _open(path)

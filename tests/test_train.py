@@ -54,6 +54,13 @@ def tiny(**options):
     return model, history
 
 
+@pytest.mark.parametrize("options", [dict(steps=-1), dict(save_every=0)])
+def test_steps_that_cannot_be_counted_are_refused(tmp_path, options):
+    with pytest.raises(ValueError, match="steps of 0 or more and save_every of 1 or more"):
+        tiny(folder=tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
 def test_nan_stops_the_run_names_the_step_and_keeps_the_checkpoint(tmp_path):
     calls = []
 

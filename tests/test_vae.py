@@ -59,6 +59,15 @@ def test_an_image_is_the_first_frame_of_a_video(generator):
     assert torch.allclose(vae.encode(video[:, :, :1]), vae.encode(video)[:, :, :1], atol=1e-5)
 
 
+@pytest.mark.parametrize("video", [torch.zeros(3, 5, 16, 16), torch.zeros(1, 1, 5, 16, 16),
+                                   torch.zeros(1, 3, 5, 16, 16, dtype=torch.uint8)])
+def test_what_is_no_batch_of_videos_is_refused(video):
+    with pytest.raises(ValueError, match=r"encode takes videos \[B, 3, T, H, W\] of floats"):
+        VAES["kl"].encode(video)
+    with pytest.raises(ValueError, match=r"decode takes latents \[B, Z, t, h, w\]"):
+        VAES["kl"].decode(torch.zeros(VAES["kl"].config["channels"], 1, 2, 2))
+
+
 def test_sizes_that_cannot_be_are_named_with_the_nearest_that_can():
     with pytest.raises(ValueError, match="17 frames of 64 x 64"):
         VAES["kl"].encode(torch.zeros(1, 3, 16, 60, 64))

@@ -284,6 +284,12 @@ def test_impossible_requests(tmp_path, options):
         read(tmp_path / "any.mp4", **options)
 
 
+@pytest.mark.parametrize("size", [64, (64,), (3, 64, 64), "64"])
+def test_a_size_that_is_no_height_and_width(tmp_path, size):
+    with pytest.raises(ValueError, match=r"any.mp4: size is \(height, width\)"):
+        read(tmp_path / "any.mp4", size=size)
+
+
 @pytest.mark.parametrize("name, shape, fps", [("a.mp4", (3, 0, 8, 8), 8), ("a.mp4", (1, 2, 8, 8), 8),
                                               ("a.mp4", (2, 3, 4, 8, 8), 8), ("a.mp4", (3, 2, 8, 8), 0),
                                               ("a.xyz", (3, 2, 8, 8), 8), ("a.mp4", (3, 2, 8, 8), 1001),
@@ -379,6 +385,12 @@ def test_show_refuses(pages):
             show(nothing)
     with pytest.raises(ValueError, match="show fewer"):
         show([torch.rand(3, 4, 16, 16)], budget=300)
+    for odd in (torch.zeros(3, 8, 8), [torch.zeros(2, 3, 2, 8, 8)], [torch.zeros(1, 2, 8, 8)], [torch.zeros(3, 0, 8, 8)]):
+        with pytest.raises(ValueError, match=r"\[3, T, H, W\]"):
+            show(odd)
+    with pytest.raises(ValueError, match="1 titles for 2 clips"):
+        show([ramp(2), ramp(2)], titles=["one"])
+    assert not pages
 
 
 # ---- a real file
