@@ -286,6 +286,21 @@ def test_minutes_to_a_mark_and_the_best_rate():
     arm = lambda lr, *right: type("Arm", (), dict(lr=lr, curve=[(k, 0.0, r) for k, r in enumerate(right, 1)]))()
     arms = [arm(1, 0.6, 0.6), arm(2, 0.5, 0.7, 0.9), arm(3, 0.5, 0.5)]
     assert fidelity.best_rate(arms, 1) == 1 and fidelity.best_rate(arms, 2) == 2   # whatever came after the sweep
+    edges = [fidelity.at_edge(rate, (1, 2, 3)) for rate in (1, 2, 3)]
+    assert edges == [" (the smallest tried)", "", " (the largest tried)"] and fidelity.at_edge(1, (1,)) == ""
+
+
+@needs_diffusers
+def test_every_training_is_a_line_of_the_picture(tmp_path):
+    import fidelity
+
+    ends = ("ours", 0.9), ("ours", 0.8), ("Wan", 0.1)
+    rows = [dict(recipe=name, curve=[(1.0, 0.0, 0.5), (2.0, share, 1.0)]) for name, share in ends]
+    shown = fidelity.draw(rows, tmp_path / "fidelity.svg")
+    text = (tmp_path / "fidelity.svg").read_text()
+    assert "(static/fidelity.svg)" in shown and text.count("stroke: #") >= 3 and text.count("plain, Wan") == text.count(">ours<") == 1
+    page = harness.markdown(dict(title="a night", equal=[], tables=[], picture=shown))
+    assert page == f"## a night\n\n{shown}\n"
 
 
 @needs_diffusers

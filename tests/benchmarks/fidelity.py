@@ -244,6 +244,11 @@ def best_rate(arms: list[Recipe], looks: int) -> float:
     return max((arm.curve[looks - 1][2], arm.lr) for arm in arms)[1]
 
 
+def at_edge(rate: float, tried: tuple[float, ...]) -> str:
+    """What a reader should know of a learning rate with none tried on one side of it."""
+    return {min(tried): " (the smallest tried)", max(tried): " (the largest tried)"}.get(rate, "") if len(tried) > 1 else ""
+
+
 def report(runs: dict[str, list[Recipe]], sweep: dict[str, list[Recipe]], swept: int, equals: list[str]) -> dict:
     """Tables and verdicts. Where the plain recipe never reaches a mark, its whole time counts, and the row says so. swept: how
     many looks the sweep had."""
@@ -267,8 +272,8 @@ def report(runs: dict[str, list[Recipe]], sweep: dict[str, list[Recipe]], swept:
                 f"{mark:.0%}: ours did not reach it in {runs['ours'][0].limit / 60:g} minutes under every seed, target "
                 f"{TARGET:g}: MISSED")))
             continue
-        verdicts.append(harness.verdict(f"{mark:.0%} fidelity: minutes of the plain recipe over ours"
-                                        + (f" (at least: {late} of {len(pairs)} plain runs never reached it)" if late else ""),
+        verdicts.append(harness.verdict(f"minutes to {mark:.0%}, plain recipe over ours"
+                                        + (f" (at least: {late} of {len(pairs)} plain never did)" if late else ""),
                                         spread((b or arm.limit / 60) / a for (a, b), arm in zip(pairs, runs["Wan"])), TARGET))
     columns = {"recipe": "", "seed": "d", "learning rate": ".0e", "steps": "d",
                **{f"minutes to {mark:.0%}": ".1f" for mark in MARKS}, "best fidelity": ".1%", "attributes right at the end": ".1%"}
@@ -276,6 +281,26 @@ def report(runs: dict[str, list[Recipe]], sweep: dict[str, list[Recipe]], swept:
         dict(title="Under each seed", rows=rows, columns=columns),
         dict(title="The sweep of learning rates (seed 0)", rows=begun, columns={
             "recipe": "", "learning rate": ".0e", "minutes": ".1f", "fidelity": ".1%", "attributes right": ".1%"})], remarks=[])
+
+
+def draw(rows: list[dict], path: Path) -> str:
+    """The curve of every training of `rows`, as a picture at `path`; returns the lines that show it on the book's page."""
+    import matplotlib.pyplot as plt
+    from sora_lite.lab import COLORS
+
+    fig, ax = plt.subplots(figsize=(6, 2.8))
+    for name, label, color in (("ours", "ours", "blue"), ("Wan", "plain, Wan's transformer", "orange")):
+        for i, row in enumerate(row for row in rows if row["recipe"] == name):
+            minutes, share, _ = zip(*row["curve"])
+            ax.plot((0, *minutes), (0, *share), "o-", ms=3.5, color=COLORS[color], label=None if i else label)
+    for mark in MARKS:
+        ax.axhline(mark, color="black", lw=0.8, ls=":")
+    ax.set(xlabel="minutes of training", ylabel="prompts followed", ylim=(0, 1))
+    ax.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 0.9, 1], ["0", "20%", "40%", "60%", "80%", "90%", "100%"])
+    ax.legend(frameon=False)
+    harness.save(fig, path)
+    return (f"![Prompts followed after minutes of training](static/{path.name})\n\n*Held-out prompts that are followed in every "
+            "word, by minutes of training: one line for each seed. Dotted: the two marks.*")
 
 
 def main() -> None:
@@ -365,7 +390,7 @@ def main() -> None:
     result["remarks"] = [
         "What differs is the recipe. Ours: chapter 5's transformer, Muon, times spread and shifted, stratified, images and "
         "beginnings of clips first, a quarter with given tokens. Plain: Wan's transformer, AdamW, uniform times, whole clips.",
-        "Learning rates taken: " + ", ".join(f"{name} {rate:g}" for name, rate in lr.items()) + ".",
+        "Learning rates taken: " + ", ".join(f"{name} {rate:g}{at_edge(rate, rates[name])}" for name, rate in lr.items()) + ".",
         "Minutes are steps times the seconds of a step, which were measured in turns before all trainings: " + "; ".join(
             f"{name} {kind} {harness.show(found)}" for name, kinds in ticks.items() for kind, found in kinds.items()) + "."]
     every = {arm.path: arm.seconds for arms in [*sweep.values(), *runs.values()] for arm in arms}
@@ -374,6 +399,7 @@ def main() -> None:
     harness.keep(args.out, "row3", result)
     print("\n" + harness.markdown(result))
     if args.keep:
+        result["picture"] = draw(result["tables"][0]["rows"], KEPT.parent / "static" / "fidelity.svg")
         harness.keep_in_book({"3": result})
 
 

@@ -254,8 +254,9 @@ def verdicts(made: list[dict]) -> str:
 
 
 def markdown(result: dict) -> str:
-    """A row's result as a page: what was asked and what came out, what was equal, the table or tables, and remarks."""
+    """A row's result as a page: what was asked and what came out, a picture, the table or tables, what was equal, and remarks."""
     parts = [f"## {result['title']}"] + ([verdicts(result["verdicts"])] if result.get("verdicts") else [])
+    parts += [result["picture"]] if result.get("picture") else []
     for made in result["tables"]:
         parts += ([f"**{made['title']}**"] if made.get("title") else []) + [table(made["rows"], made["columns"])]
     missed = [v["sentence"] for v in result.get("verdicts", []) if not v["met"]]         # with where the time goes
@@ -283,9 +284,16 @@ def draw(results: Iterable[dict], path: Path) -> None:
     ax.minorticks_off()
     ax.set_yticks(range(len(made)), [v["what"] for v in made], fontsize=8)
     ax.grid(axis="x", alpha=0.3)
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
-    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sora-lite"}):     # small, and equal for equal numbers
+    save(fig, path)
+
+
+def save(fig, path: Path) -> None:
+    """A Matplotlib figure as an SVG that is small, and equal for equal numbers; the figure is closed."""
+    import matplotlib.pyplot as plt
+
+    for ax in fig.axes:
+        ax.spines[["top", "right"]].set_visible(False)
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sora-lite"}):
         write_atomically(path, lambda p: fig.savefig(p, format="svg", bbox_inches="tight", metadata={"Date": None}))
     plt.close(fig)
 
