@@ -293,12 +293,15 @@ def test_minutes_to_a_mark_and_the_best_rate():
 @needs_diffusers
 def test_every_training_is_a_line_of_the_picture(tmp_path):
     import fidelity
+    from sora_lite.lab import COLORS
 
     ends = ("ours", 0.9), ("ours", 0.8), ("Wan", 0.1)
     rows = [dict(recipe=name, curve=[(1.0, 0.0, 0.5), (2.0, share, 1.0)]) for name, share in ends]
     shown = fidelity.draw(rows, tmp_path / "fidelity.svg")
     text = (tmp_path / "fidelity.svg").read_text()
-    assert "(static/fidelity.svg)" in shown and text.count("stroke: #") >= 3 and text.count("plain, Wan") == text.count(">ours<") == 1
+    lines = lambda color: text.count(f"fill: none; stroke: {COLORS[color].lower()}; stroke-width: 1.5")     # with the legend's
+    assert (lines("blue"), lines("orange")) == (2 + 1, 1 + 1) and text.count("plain, Wan") == text.count(">ours<") == 1
+    assert "(static/fidelity.svg)" in shown
     page = harness.markdown(dict(title="a night", equal=[], tables=[], picture=shown))
     assert page == f"## a night\n\n{shown}\n"
 
@@ -310,6 +313,7 @@ def test_a_killed_night_goes_on_and_a_broken_checkpoint_is_named(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     read = lambda: {(row["recipe"], row["seed"]): row["steps"] for row in
                     json.loads((tmp_path / "row3.json").read_text())["tables"][0]["rows"]}
+    assert str(tmp_path) not in (tmp_path / "row3.json").read_text()     # the book keeps this: no path of a machine in it
     first, times = read(), {p.name: p.stat().st_mtime_ns for p in (tmp_path / "fidelity").glob("*-?.pt")}
     lost = next(p for p in (tmp_path / "fidelity").glob("Wan-*-1.pt"))   # as if the run had ended before it
     record = tmp_path / "fidelity" / "record.json"

@@ -395,7 +395,7 @@ def main() -> None:
             f"{name} {kind} {harness.show(found)}" for name, kinds in ticks.items() for kind, found in kinds.items()) + "."]
     every = {arm.path: arm.seconds for arms in [*sweep.values(), *runs.values()] for arm in arms}
     result |= dict(row=3, tiny=args.tiny, machine=record["machine"], hours=round(sum(every.values()) / 3600, 3),
-                   options={k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()})
+                   options={k: v for k, v in vars(args).items() if k != "out"})      # where it was run is nobody's business
     harness.keep(args.out, "row3", result)
     print("\n" + harness.markdown(result))
     if args.keep:
