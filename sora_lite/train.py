@@ -304,8 +304,9 @@ def fit(model: nn.Module, batch: Callable | Sequence[Callable], loss: Callable, 
     engine, history = engine or Engine(device), History()
     device, folder, watch_at = engine.device, Path(folder) if folder else None, set(watch_at)
     sources = [batch] * parts if callable(batch) else list(batch)
-    if steps < 0 or save_every < 1:
-        raise ValueError(f"fit needs steps of 0 or more and save_every of 1 or more, got {steps} and {save_every}")
+    if steps < 0 or save_every < 1 or not 0 <= ema < 1 or decay < 0:
+        raise ValueError(f"fit needs steps of 0 or more, save_every of 1 or more, 0 <= ema < 1 and decay of 0 or more, got {steps}, "
+                         f"{save_every}, {ema} and {decay}")
     if not len(sources) == parts >= 1:
         raise ValueError(f"a step of {parts} parts needs one batch function, or one for each part: got {len(sources)}")
     mine = engine.mine(parts)

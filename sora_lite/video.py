@@ -86,6 +86,8 @@ def show(videos, titles: list[str] | None = None, *, columns: int = 4, fps: floa
     clips = [v if isinstance(v, Clip) else Clip(v, fps=8) for v in ([videos] if one else videos)]
     if not clips:
         raise ValueError("there is nothing to show: the list of clips is empty")
+    if min(columns, size) < 1:
+        raise ValueError(f"columns and size must be at least 1, got {columns} and {size}")
     if odd := [c.video.shape for c in clips if c.video.dim() != 4 or c.video.shape[0] != 3 or not c.video.numel()]:
         raise ValueError(f"a clip to show is [3, T, H, W], and one of these is {list(odd[0])} (a picture is picture[:, None], "
                          "several batches are torch.cat(batches))")

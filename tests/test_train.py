@@ -54,9 +54,9 @@ def tiny(**options):
     return model, history
 
 
-@pytest.mark.parametrize("options", [dict(steps=-1), dict(save_every=0)])
+@pytest.mark.parametrize("options", [dict(steps=-1), dict(save_every=0), dict(ema=1.0), dict(ema=-0.1), dict(decay=-0.5)])
 def test_steps_that_cannot_be_counted_are_refused(tmp_path, options):
-    with pytest.raises(ValueError, match="steps of 0 or more and save_every of 1 or more"):
+    with pytest.raises(ValueError, match="steps of 0 or more, save_every of 1 or more, 0 <= ema < 1 and decay of 0 or more"):
         tiny(folder=tmp_path, **options)
     assert not list(tmp_path.iterdir())
 

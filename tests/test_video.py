@@ -390,6 +390,9 @@ def test_show_refuses(pages):
             show(odd)
     with pytest.raises(ValueError, match="1 titles for 2 clips"):
         show([ramp(2), ramp(2)], titles=["one"])
+    for none in (dict(columns=0), dict(size=0)):
+        with pytest.raises(ValueError, match="columns and size must be at least 1"):
+            show([ramp(2)], **none)
     assert not pages
 
 
